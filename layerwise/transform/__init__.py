@@ -1,0 +1,8 @@
+"""Transforms: one edit of a row, and the weights that agree with it, per file."""
+
+from layerwise.registry import Registry
+
+TRANSFORMS = Registry("transform", {
+    "drop": "layerwise.transform.drop:Drop",
+    "quantize": "layerwise.transform.quantize:Quantize",
+})

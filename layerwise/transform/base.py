@@ -1,0 +1,34 @@
+"""What a transform is: a row edit that needs no tensors, and the weight edit that makes it true."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from layerwise.spec import LayerSpec
+
+Stats = Mapping[str, Tensor]
+"""Per-matrix statistics of calibration inputs, by matrix name: the Gram matrix sum(x x^T), [inputs, inputs]."""
+
+
+class Transform(ABC):
+    """Base of every transform; subclasses are frozen dataclasses whose fields are absolute targets.
+
+    Because parameters are targets, editing twice equals editing once. `edit` is pure. `apply` returns
+    new weights, shares what it does not change, and leaves its input alone.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Statistics `apply` reads: empty, or {"gram"}."""
+
+    @abstractmethod
+    def edit(self, row: LayerSpec, hidden: int) -> LayerSpec | None:
+        """The row after the edit, or None where the layer is gone. Raises BadOption where it cannot be."""
+
+    @abstractmethod
+    def apply(self, block: nn.Module, row: LayerSpec, stats: Stats | None = None) -> nn.Module | None:
+        """A new block for the edited `row`; None where the layer is gone."""
