@@ -1,0 +1,1 @@
+"""Modules a row can name: norms, attention, feed-forward networks, packed matrices, and the decoder they make."""

@@ -1,0 +1,75 @@
+"""Softmax attention with grouped keys, rotary positions, optional window, norms, biases and soft cap.
+
+Shapes: B batch, T new tokens, S all tokens, H query heads, K key heads, D head width, C hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise import spec
+from layerwise.nets.flow import Flow
+from layerwise.nets.norms import build_norm
+
+
+class Attention(nn.Module):
+    """One attention layer; its four matrices may be dense or packed linear layers."""
+
+    def __init__(self, attention: spec.Attention, hidden: int, norm: spec.Norm) -> None:
+        super().__init__()
+        self.spec = attention
+        biased = {"q": attention.qkv_bias, "k": attention.qkv_bias, "v": attention.qkv_bias, "o": attention.out_bias}
+        for name, (outputs, inputs) in attention.matrices(hidden).items():
+            self.add_module(name, nn.Linear(inputs, outputs, bias=biased[name]))
+        if attention.qk_norm:
+            self.q_norm = build_norm(norm, attention.head_dim)
+            self.k_norm = build_norm(norm, attention.head_dim)
+
+    def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
+        a = self.spec
+        batch, new, _ = x_BTC.shape
+        q_BHTD = self.q(x_BTC).view(batch, new, a.heads, a.head_dim).transpose(1, 2)
+        k_BKTD = self.k(x_BTC).view(batch, new, a.kv_heads, a.head_dim).transpose(1, 2)
+        v_BKTD = self.v(x_BTC).view(batch, new, a.kv_heads, a.head_dim).transpose(1, 2)
+        if a.qk_norm:
+            q_BHTD, k_BKTD = self.q_norm(q_BHTD), self.k_norm(k_BKTD)
+        if a.rope is not None:
+            cos, sin = flow.rotation(a.rope, a.head_dim)
+            both = torch.cat([q_BHTD, k_BKTD], 1)
+            both = torch.addcmul(both * cos, both.roll(a.head_dim // 2, -1), sin)
+            q_BHTD, k_BKTD = both.split([a.heads, a.kv_heads], 1)
+        cache = flow.cache(layer)
+        if cache is not None:
+            k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD)
+        out_BHTD = attend(q_BHTD, k_BKTD, v_BKTD, flow, a)
+        return self.o(out_BHTD.transpose(1, 2).reshape(batch, new, a.heads * a.head_dim))  # type: ignore[no-any-return]
+
+
+def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, flow: Flow, a: spec.Attention) -> Tensor:
+    """Softmax(q k' * scale) v, [B, H, T, D], through the fastest kernel that is exact for the case."""
+    scale = a.scale if a.scale is not None else a.head_dim**-0.5
+    mask = flow.mask(a.window)
+    groups = a.heads // a.kv_heads
+    if a.softcap is not None:
+        return _capped(q_BHTD, k_BKSD, v_BKSD, mask, scale, a.softcap, groups)
+    if q_BHTD.shape[2] == 1:  # one token: the query heads that share a key head become the query axis
+        batch, heads, _, width = q_BHTD.shape
+        q_BKGD = q_BHTD.view(batch, a.kv_heads, groups, width)
+        out_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, attn_mask=mask, scale=scale)
+        return out_BKGD.view(batch, heads, 1, width)
+    if groups > 1:
+        k_BKSD, v_BKSD = k_BKSD.repeat_interleave(groups, 1), v_BKSD.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+
+def _capped(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, scale: float, cap: float,
+            groups: int) -> Tensor:
+    k_BHSD, v_BHSD = k_BKSD.repeat_interleave(groups, 1), v_BKSD.repeat_interleave(groups, 1)
+    logits = cap * torch.tanh(q_BHTD @ k_BHSD.transpose(-1, -2) * (scale / cap))
+    new, total = logits.shape[-2:]
+    if mask is None:
+        mask = torch.ones(new, total, dtype=torch.bool, device=logits.device).tril(total - new)
+    weights = logits.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    return weights.to(v_BHSD.dtype) @ v_BHSD

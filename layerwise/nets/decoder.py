@@ -1,0 +1,152 @@
+"""A decoder language model read from a layer table: one forward pass for every family.
+
+Shapes: B batch, T tokens, C hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise.nets.attention import Attention
+from layerwise.nets.feed_forward import build_feed_forward
+from layerwise.nets.flow import Flow
+from layerwise.nets.norms import build_norm
+from layerwise.nets.packed import PackedEmbedding, PackedLinear
+from layerwise.spec import Attention as AttentionSpec
+from layerwise.spec import Format, LayerSpec, StackSpec
+
+M = TypeVar("M", bound=nn.Module)
+Part = Literal["attention", "feed_forward"]
+MATRICES: dict[str, Part] = {
+    "q": "attention", "k": "attention", "v": "attention", "o": "attention",
+    "gate": "feed_forward", "up": "feed_forward", "down": "feed_forward",
+}
+
+
+class Branch(nn.Module):
+    """Norm, mixer or feed-forward, optional post-norm: what one half of a block adds to the residual stream."""
+
+    def __init__(self, body: nn.Module, row: LayerSpec, hidden: int) -> None:
+        super().__init__()
+        self.norm = build_norm(row.norm, hidden)
+        self.body = body
+        self.post_norm = build_norm(row.norm, hidden) if row.post_norm else None
+
+    def forward(self, x_BTC: Tensor, *shared: object) -> Tensor:
+        y_BTC = self.body(self.norm(x_BTC), *shared)
+        return y_BTC if self.post_norm is None else self.post_norm(y_BTC)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One row: x + attention(x), then x + feed_forward(x); either half may be absent."""
+
+    def __init__(self, row: LayerSpec, hidden: int) -> None:
+        super().__init__()
+        self.attention: Branch | None = None
+        self.feed_forward: Branch | None = None
+        if isinstance(row.mixer, AttentionSpec):
+            self.attention = Branch(Attention(row.mixer, hidden, row.norm), row, hidden)
+        if row.feed_forward is not None:
+            self.feed_forward = Branch(build_feed_forward(row.feed_forward, hidden), row, hidden)
+        for name, packed in row.formats.items():
+            dense = self.matrix(name)
+            body = self._branch(name).body
+            setattr(body, name, PackedLinear.empty(dense.out_features, dense.in_features, packed,
+                                                   bias=dense.bias is not None))
+
+    def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
+        if self.attention is not None:
+            x_BTC = x_BTC + self.attention(x_BTC, flow, layer)
+        if self.feed_forward is not None:
+            x_BTC = x_BTC + self.feed_forward(x_BTC)
+        return x_BTC
+
+    def matrix(self, name: str) -> nn.Linear | PackedLinear:
+        """The linear layer called `name` (q, k, v, o, gate, up, down)."""
+        return getattr(self._branch(name).body, name)  # type: ignore[no-any-return]
+
+    def matrices(self) -> dict[str, nn.Linear | PackedLinear]:
+        """Every linear layer of the block that can be packed, by name."""
+        present = {part for part in ("attention", "feed_forward") if getattr(self, part) is not None}
+        return {name: self.matrix(name) for name, part in MATRICES.items()
+                if part in present and hasattr(self._branch(name).body, name)}
+
+    def with_matrices(self, new: Mapping[str, nn.Module]) -> Block:
+        """A copy that shares everything but the given linear layers."""
+        block = _shallow(self)
+        for part in {MATRICES[name] for name in new}:
+            branch = _shallow(getattr(self, part))
+            branch.body = _shallow(branch.body)
+            setattr(block, part, branch)
+        for name, module in new.items():
+            setattr(block._branch(name).body, name, module)
+        return block
+
+    def without(self, part: Part) -> Block:
+        """A copy without its attention or without its feed-forward half."""
+        block = _shallow(self)
+        setattr(block, part, None)
+        return block
+
+    def _branch(self, name: str) -> Branch:
+        branch = getattr(self, MATRICES[name])
+        if branch is None:
+            raise KeyError(f"this block has no {MATRICES[name]}, so no matrix {name!r}")
+        return branch  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and head. A tied head reads the embedding's own storage."""
+
+    def __init__(self, spec: StackSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = _table(spec.embedding_format, spec.vocabulary, spec.hidden)
+        self.positions = nn.Embedding(spec.learned_positions, spec.hidden) if spec.learned_positions else None
+        self.layers = nn.ModuleList(Block(row, spec.hidden) for row in spec.rows)
+        self.norm = build_norm(spec.final_norm, spec.hidden)
+        self.head: nn.Module | None = None if spec.tied else _table(spec.head_format, spec.vocabulary, spec.hidden)
+
+    def embed(self, tokens_BT: Tensor, flow: Flow) -> Tensor:
+        """Token (and learned position) embeddings, [B, T, C]."""
+        x_BTC: Tensor = self.embedding(tokens_BT)
+        if self.spec.embedding_scale != 1.0:
+            x_BTC = x_BTC * torch.tensor(self.spec.embedding_scale, dtype=x_BTC.dtype)
+        if self.positions is not None:
+            x_BTC = x_BTC + self.positions(flow.positions_BT)
+        return x_BTC
+
+    def logits(self, x_BTC: Tensor) -> Tensor:
+        """Final norm and head, [B, T, V]."""
+        x_BTC = self.norm(x_BTC)
+        table = self.embedding if self.head is None else self.head
+        logits = table.logits(x_BTC) if isinstance(table, PackedEmbedding) else F.linear(x_BTC, table.weight)
+        cap = self.spec.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def forward(self, tokens_BT: Tensor, flow: Flow) -> Tensor:
+        x_BTC = self.embed(tokens_BT, flow)
+        for layer, block in enumerate(self.layers):
+            x_BTC = block(x_BTC, flow, layer)
+        return self.logits(x_BTC)
+
+
+def _table(packed: Format | None, vocabulary: int, hidden: int) -> nn.Embedding | PackedEmbedding:
+    return PackedEmbedding.empty(vocabulary, hidden, packed) if packed else nn.Embedding(vocabulary, hidden)
+
+
+def _shallow(module: M) -> M:
+    """A new module object that shares parameters, buffers and children with `module`, without its hooks."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    twin._buffers = dict(module._buffers)
+    twin._modules = dict(module._modules)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        twin.__dict__[hooks] = type(twin.__dict__[hooks])()
+    return twin

@@ -1,0 +1,81 @@
+"""Feed-forward networks: gated, plain, and a routed mixture of gated experts.
+
+Shapes: N tokens, C hidden width, W inner width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise import spec
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class FeedForward(nn.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) where the row is not gated."""
+
+    def __init__(self, feed_forward: spec.FeedForward, hidden: int) -> None:
+        super().__init__()
+        self.spec = feed_forward
+        self.act = ACTIVATIONS[feed_forward.activation]
+        for name, (outputs, inputs) in feed_forward.matrices(hidden).items():
+            self.add_module(name, nn.Linear(inputs, outputs, bias=feed_forward.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spec.gated:
+            return self.down(self.act(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+        return self.down(self.act(self.up(x)))  # type: ignore[no-any-return]
+
+
+class Experts(nn.Module):
+    """Each token goes to its `experts_per_token` best experts, weighted by the router's softmax.
+
+    The experts' matrices are stacked on their outputs: gate and up are [E*W, C], down is [E*C, W].
+    """
+
+    def __init__(self, feed_forward: spec.FeedForward, hidden: int) -> None:
+        super().__init__()
+        self.spec = feed_forward
+        self.act = ACTIVATIONS[feed_forward.activation]
+        self.router = nn.Linear(hidden, feed_forward.experts, bias=False)
+        for name, (outputs, inputs) in feed_forward.matrices(hidden).items():
+            self.add_module(name, nn.Linear(inputs, outputs, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_NC = x.reshape(-1, x.shape[-1])
+        share_NE = F.softmax(self.router(x_NC), dim=-1, dtype=torch.float32)
+        share_NK, chosen_NK = share_NE.topk(self.spec.experts_per_token, dim=-1)
+        if self.spec.normalize_router:
+            share_NK = share_NK / share_NK.sum(-1, keepdim=True)
+        out_NC = torch.zeros_like(x_NC)
+        for expert in chosen_NK.unique().tolist():
+            token, slot = (chosen_NK == expert).nonzero(as_tuple=True)
+            y = self._expert(x_NC[token], expert) * share_NK[token, slot, None].to(x.dtype)
+            out_NC.index_add_(0, token, y)
+        return out_NC.view_as(x)
+
+    def _expert(self, x_NC: Tensor, expert: int) -> Tensor:
+        gate, up, down = (self._weight(name, expert, x_NC.dtype) for name in ("gate", "up", "down"))
+        return F.linear(self.act(F.linear(x_NC, gate)) * F.linear(x_NC, up), down)
+
+    def _weight(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+        matrix = getattr(self, name)
+        if isinstance(matrix, nn.Linear):
+            return matrix.weight.chunk(self.spec.experts)[expert]
+        size = matrix.out_features // self.spec.experts
+        return matrix.dense_rows(expert * size, (expert + 1) * size, dtype)  # type: ignore[no-any-return]
+
+
+def build_feed_forward(feed_forward: spec.FeedForward, hidden: int) -> FeedForward | Experts:
+    """The module for one row's feed-forward half."""
+    return (Experts if feed_forward.experts else FeedForward)(feed_forward, hidden)

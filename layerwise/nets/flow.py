@@ -1,0 +1,109 @@
+"""What all layers share during one pass: positions, masks, rotations and the key-value caches.
+
+Shapes: B batch, T new tokens, S cached plus new tokens, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from layerwise.spec import Rope
+
+
+class LayerCache:
+    """Keys and values of one layer, [B, H, capacity, D]; capacity doubles when it is full."""
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.length = 0
+
+    def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens and return all keys and values so far, [B, H, S, D], as views."""
+        end = self.length + k_BHTD.shape[2]
+        self.k = _room(self.k, k_BHTD, self.length, end)
+        self.v = _room(self.v, v_BHTD, self.length, end)
+        self.k[:, :, self.length : end] = k_BHTD
+        self.v[:, :, self.length : end] = v_BHTD
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+def _room(store: Tensor | None, new: Tensor, used: int, end: int) -> Tensor:
+    if store is not None and store.shape[2] >= end:
+        return store
+    batch, heads, _, width = new.shape
+    grown = new.new_empty(batch, heads, max(64, 1 << (end - 1).bit_length()), width)
+    if store is not None:
+        grown[:, :, :used] = store[:, :, :used]
+    return grown
+
+
+@dataclass
+class Flow:
+    """Positions [B, T] of the new tokens, validity [B, S] of all tokens (None: no padding), caches by layer."""
+
+    positions_BT: Tensor
+    valid_BS: Tensor | None = None
+    caches: dict[int, LayerCache] | None = None
+    past: int = 0
+    dtype: torch.dtype = torch.float32
+    _rotations: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def cache(self, layer: int) -> LayerCache | None:
+        return None if self.caches is None else self.caches.setdefault(layer, LayerCache())
+
+    def rotation(self, rope: Rope, width: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [B, 1, T, width], so that rotating is x * cos + roll(x, width / 2) * sin."""
+        if (rope, width) not in self._rotations:
+            angles_BTh = self.positions_BT[..., None].float() * frequencies(rope, width).to(self.positions_BT.device)
+            cos, sin = angles_BTh.cos(), angles_BTh.sin()
+            self._rotations[rope, width] = (
+                torch.cat([cos, cos], -1)[:, None].to(self.dtype), torch.cat([-sin, sin], -1)[:, None].to(self.dtype))
+        return self._rotations[rope, width]
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Which keys each query sees, bool [B or 1, 1, T, S]; None where plain causal order says it all.
+
+        A key is seen when it is real, not later than the query, and less than `window` tokens before it.
+        """
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window)
+        return self._masks[window]
+
+    def _build_mask(self, window: int | None) -> Tensor | None:
+        new = self.positions_BT.shape[1]
+        total = self.past + new
+        narrow = window is not None and window < total
+        if self.valid_BS is None and not narrow and (self.past == 0 or new == 1):
+            return None
+        device = self.positions_BT.device
+        query_T1 = torch.arange(self.past, total, device=device)[:, None]
+        key_S = torch.arange(total, device=device)
+        seen_TS = key_S <= query_T1
+        if window is not None and narrow:
+            seen_TS &= key_S > query_T1 - window
+        if self.valid_BS is None:
+            return seen_TS[None, None]
+        seen_BTS = seen_TS & self.valid_BS[:, None, :]
+        itself_TS = key_S == query_T1  # a padded query sees itself, so that no row of the softmax is empty
+        return (seen_BTS | itself_TS)[:, None]
+
+
+def frequencies(rope: Rope, width: int) -> Tensor:
+    """Inverse frequencies [width / 2] in radians per token; `llama3` follows the Llama 3.1 scaling rule."""
+    base = 1.0 / rope.theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    if rope.kind == "default":
+        return base
+    if rope.kind == "linear":
+        return base / rope.factor
+    wavelength = 2 * math.pi / base
+    turns = rope.original_context / wavelength
+    smooth = (turns - rope.low_frequency_factor) / (rope.high_frequency_factor - rope.low_frequency_factor)
+    smooth = smooth.clamp(0.0, 1.0)
+    return (1 - smooth) * base / rope.factor + smooth * base
