@@ -1,0 +1,78 @@
+"""Every registry line resolves, every implementation has a line, and no file outgrows one idea."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from layerwise.registry import Registry
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "layerwise"
+
+INFRASTRUCTURE = {
+    "nets/families": {
+        "base": "the interface",
+    },
+    "transform": {
+        "base": "the interface",
+    },
+}
+"""Files that hold no registered implementation, with the reason, per folder that has a registry."""
+
+LONGEST = 500
+
+
+def registries() -> dict[str, Registry]:
+    """Every registry in the package, by `folder/NAME`."""
+    found = {}
+    for init in sorted(PACKAGE.rglob("*/__init__.py")):
+        folder = init.parent.relative_to(PACKAGE).as_posix()
+        module = importlib.import_module(f"layerwise.{folder.replace('/', '.')}")
+        for name, value in vars(module).items():
+            if isinstance(value, Registry):
+                found[f"{folder}/{name}"] = value
+    return found
+
+
+REGISTRIES = registries()
+LINES = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.table]
+
+
+@pytest.mark.parametrize(("kind", "name"), LINES, ids=[f"{kind}-{name}" for kind, name in LINES])
+def test_every_line_resolves(kind: str, name: str) -> None:
+    assert REGISTRIES[kind][name] is not None
+
+
+@pytest.mark.parametrize("folder", sorted({kind.rpartition("/")[0] for kind in REGISTRIES}))
+def test_every_file_has_a_line(folder: str) -> None:
+    lines = {
+        place.split(":")[0]
+        for kind, registry in REGISTRIES.items()
+        if kind.rpartition("/")[0] == folder
+        for place in registry.table.values()
+    }
+    files = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
+    package = f"layerwise.{folder.replace('/', '.')}"
+    unlisted = {name for name in files if f"{package}.{name}" not in lines}
+    assert unlisted == set(INFRASTRUCTURE.get(folder, {}))
+
+
+@pytest.mark.parametrize("folder", ["layerwise", "tests", "benchmarks"])
+def test_no_file_outgrows_one_idea(folder: str) -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert {str(path): lines for path, lines in lengths.items() if lines > LONGEST} == {}
+
+
+def test_every_missing_extra_names_a_real_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MissingExtra":
+                given = dict(zip(["package", "extra"], node.args, strict=False))
+                given |= {word.arg: word.value for word in node.keywords if word.arg}
+                assert ast.literal_eval(given["extra"]) in extras, f"{path}:{node.lineno}"
