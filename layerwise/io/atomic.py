@@ -76,11 +76,12 @@ def _beside(target: Path) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what processes that no longer run left beside `target`; put back a target they had moved away."""
+    """Remove what dead processes left beside `target`; put back a target they had moved away."""
     for path in sorted(target.parent.iterdir()):
         name, _, kind = path.name.rpartition(".")
         hidden, _, owner = name.rpartition(".")
-        if hidden != f".{target.name}" or not owner.isdigit() or kind not in ("partial", "old") or _runs(int(owner)):
+        ours = hidden == f".{target.name}" and owner.isdigit() and kind in ("partial", "old")
+        if not ours or _runs(int(owner)):
             continue
         if kind == "old" and not target.exists():
             path.rename(target)
