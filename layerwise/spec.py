@@ -180,7 +180,10 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class StackSpec:
-    """The table: rows, and what surrounds them. `extras` keeps configuration that layers do not need."""
+    """The table: rows, and what surrounds them. `extras` keeps configuration that layers do not need.
+
+    For a module that layerwise did not build, rows are opaque and `outside` stands for all the rest.
+    """
 
     family: str
     hidden: int
@@ -195,12 +198,15 @@ class StackSpec:
     logit_softcap: float | None = None
     embedding_format: Format | None = None
     head_format: Format | None = None
+    outside: Opaque | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
 
     # sizes -------------------------------------------------------------------------------------
 
     def outside_bytes(self) -> int:
         """Stored bytes of everything that is not a row: embeddings, head, final norm."""
+        if self.outside:
+            return self.outside.bytes
         return self.embedding_bytes() + self.head_bytes() + self._rest() * DTYPE_BYTES[self.dtype]
 
     def embedding_bytes(self) -> int:
@@ -215,8 +221,13 @@ class StackSpec:
         return self.outside_bytes() + sum(row.bytes(self.hidden, self.dtype) for row in self.rows)
 
     def parameters(self) -> int:
-        tables = (1 if self.tied else 2) * self.vocabulary * self.hidden
-        return tables + self._rest() + sum(row.parameters(self.hidden) for row in self.rows)
+        """Number of parameters of the whole model; a tied head counts once."""
+        return self._outside_parameters() + sum(row.parameters(self.hidden) for row in self.rows)
+
+    def _outside_parameters(self) -> int:
+        if self.outside:
+            return self.outside.parameters
+        return (1 if self.tied else 2) * self.vocabulary * self.hidden + self._rest()
 
     def _table_bytes(self, packed: Format | None) -> int:
         if packed:
@@ -224,8 +235,6 @@ class StackSpec:
         return self.vocabulary * self.hidden * DTYPE_BYTES[self.dtype]
 
     def _rest(self) -> int:
-        if not self.vocabulary:
-            return 0
         return self.learned_positions * self.hidden + self.final_norm.parameters(self.hidden)
 
     # editing and comparing ---------------------------------------------------------------------
@@ -318,6 +327,7 @@ _CHILDREN: dict[tuple[type, str], type] = {
     (StackSpec, "final_norm"): Norm,
     (StackSpec, "embedding_format"): Format,
     (StackSpec, "head_format"): Format,
+    (StackSpec, "outside"): Opaque,
 }
 
 

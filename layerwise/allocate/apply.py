@@ -1,0 +1,104 @@
+"""`apply`: carry out a plan, giving a new stack; `undo`: go back to the one before."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.allocate.plan import Plan
+from layerwise.data.text import TextData
+from layerwise.errors import BadData, BadOption, BadPlan
+from layerwise.nets.decoder import Block
+from layerwise.spec import LayerSpec
+from layerwise.stack.base import Stack, State
+from layerwise.stack.decoder import DecoderStack
+from layerwise.transform import TRANSFORMS
+from layerwise.transform.base import Transform
+from layerwise.transform.gram import grams
+from layerwise.transform.quantize import Quantize, pack_table
+
+
+def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStack:
+    """A new stack with the plan's edits made; what no edit touches is shared with `stack`.
+
+    Transforms that read calibration statistics (GPTQ) need `data`; layers are then edited in order, each
+    seeing what the edited layers before it put out. Raises BadPlan where the plan was written for another
+    model, and BadData where statistics are needed and there is no data.
+    """
+    if not isinstance(stack, DecoderStack):
+        raise BadOption(f"a plan for {type(stack).__name__}", expected="a decoder language model",
+                        do="use the contexts stack.skip, stack.swap and stack.edit on other modules")
+    spec = plan.edited(stack.spec)
+    layers, outside = _transforms(plan)
+    if data is None and any("gram" in transform.needs for edits in layers.values() for transform in edits):
+        raise BadData("a plan that needs calibration statistics, without data", expected="calibration text",
+                      do="pass data=layerwise.data.text_blocks('default', stack.tokenizer)")
+    slim = stack.rebuilt(spec, _edited_blocks(stack, layers, data),
+                         embedding=_packed_table(stack.decoder.embedding, outside.get("embedding")),
+                         head=_packed_table(stack.decoder.head, outside.get("head")))
+    slim.origin = stack, plan
+    return slim
+
+
+def undo(slim: Stack) -> Stack:
+    """The stack that `apply` started from. Raises BadPlan where there was no plan."""
+    origin = getattr(slim, "origin", None)
+    if origin is None:
+        raise BadPlan(f"{slim.name}, to which no plan was applied in this session", expected="a stack made by apply",
+                      do="open the original model again")
+    before: Stack = origin[0]
+    return before
+
+
+def _transforms(plan: Plan) -> tuple[dict[int, list[Transform]], dict[str, Quantize]]:
+    layers: dict[int, list[Transform]] = defaultdict(list)
+    outside: dict[str, Quantize] = {}
+    for edit in plan.edits:
+        transform: Any = TRANSFORMS[edit.transform](**edit.arguments)
+        if isinstance(edit.target, int):
+            layers[edit.target].append(transform)
+        else:
+            outside[edit.target] = transform
+    return layers, outside
+
+
+def _packed_table(table: nn.Module | None, transform: Quantize | None) -> nn.Module | None:
+    if transform is None or table is None:
+        return None
+    return pack_table(table.weight, transform.format)  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def _edited_blocks(stack: DecoderStack, layers: dict[int, list[Transform]], data: TextData | None) -> list[nn.Module]:
+    """Edit the layers in order, carrying calibration states through the edited prefix while any edit needs them."""
+    last = max((layer for layer, edits in layers.items() if any("gram" in t.needs for t in edits)), default=-1)
+    states: list[State] = []
+    if last >= 0 and data is not None:
+        states = [stack.start(batch.tokens_BT, batch.mask_BT) for batch in data.batches(4)]
+    blocks: list[nn.Module] = []
+    for layer, row in enumerate(stack.spec.rows):
+        block = stack.block(layer)
+        assert isinstance(block, Block)
+        edited = _edited(block, row, stack.spec.hidden, layers.get(layer, []), layer, states if layer <= last else [])
+        if edited is not None:
+            blocks.append(edited)
+        if layer < last and edited is not None:
+            states = [state.moved(edited(state.hidden, state.shared, layer), layer + 1) for state in states]
+    return blocks
+
+
+def _edited(block: Block, row: LayerSpec, hidden: int, edits: Iterable[Transform], layer: int,
+            states: list[State]) -> nn.Module | None:
+    for transform in edits:
+        stats = grams(block, layer, states) if "gram" in transform.needs else None
+        edited_row = transform.edit(row, hidden)
+        edited = transform.apply(block, row, stats)
+        if edited is None or edited_row is None:
+            return None
+        assert isinstance(edited, Block)
+        block, row = edited, edited_row
+    return block

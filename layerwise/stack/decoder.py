@@ -1,0 +1,194 @@
+"""A decoder language model as a `Stack`: resident, memory-mapped, or streamed from disk layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadModel, BadOption
+from layerwise.io.weights import Weights
+from layerwise.nets.decoder import Block, Decoder
+from layerwise.nets.flow import Flow, LayerCache
+from layerwise.spec import StackSpec
+from layerwise.stack.base import Site, Stack, State
+
+if TYPE_CHECKING:
+    from layerwise.io.tokenizer import Tokenizer
+
+Caches = dict[int, LayerCache]
+
+
+class DecoderStack(Stack):
+    """A `Decoder` opened to its layers.
+
+    With `weights` the blocks are not resident: `block(i)` reads layer i from disk, runs, and lets it go,
+    so the memory needed is the largest layer plus activations. Tokens are int64 [B, T].
+    """
+
+    def __init__(self, decoder: Decoder, *, name: str = "decoder", tokenizer: Tokenizer | None = None,
+                 folder: Path | None = None, weights: Weights | None = None) -> None:
+        self.decoder, self.spec = decoder, decoder.spec
+        self.name, self.tokenizer, self.folder = name, tokenizer, folder
+        self._weights = weights
+        self.origin: tuple[Stack, Any] | None = None
+        self._swapped: dict[int, nn.Module] = {}
+        self._streamed: tuple[int, Block] | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether layers are read from disk each time they run."""
+        return self._weights is not None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.norm.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        return next(self.decoder.norm.parameters()).dtype
+
+    # running -----------------------------------------------------------------------------------
+
+    def start(self, tokens_BT: Tensor, mask_BT: Tensor | None = None, *, positions_BT: Tensor | None = None,
+              caches: Caches | None = None) -> State:
+        """Embed `tokens_BT`. `mask_BT` is True at real tokens and covers cached tokens too, [B, S].
+
+        Positions default to the count of real tokens before each token. Pass the same `caches` dict to
+        continue a sequence. Raises BadOption on tokens outside the vocabulary.
+        """
+        past = next((cache.length for cache in caches.values()), 0) if caches else 0
+        tokens_BT = tokens_BT.to(self.device)
+        valid_BS = None if mask_BT is None or bool(mask_BT.all()) else mask_BT.to(self.device, torch.bool)
+        if positions_BT is None:
+            positions_BT = _positions(tokens_BT, valid_BS, past)
+        flow = Flow(positions_BT.to(self.device), valid_BS, caches, past, self.dtype)
+        if past == 0 and (int(tokens_BT.max()) >= self.spec.vocabulary or int(tokens_BT.min()) < 0):
+            raise BadOption(f"token {int(tokens_BT.max())}", expected=f"ids in 0..{self.spec.vocabulary - 1}",
+                            do="use this model's own tokenizer")
+        return State(self.decoder.embed(tokens_BT, flow), 0, flow)
+
+    def run(self, state: State, layers: slice = slice(None)) -> State:
+        first, last = self.bounds(state, layers)
+        hidden = state.hidden
+        for layer in range(first, last):
+            hidden = self.block(layer)(hidden, state.shared, layer)
+        return state.moved(hidden, last)
+
+    def finish(self, state: State) -> Tensor:
+        return self.decoder.logits(state.hidden)
+
+    # layers ------------------------------------------------------------------------------------
+
+    def block(self, layer: int) -> nn.Module:
+        if layer in self._swapped:
+            return self._swapped[layer]
+        return self.decoder.layers[layer] if self._weights is None else self._read(self._weights, layer)
+
+    def _read(self, weights: Weights, layer: int) -> Block:
+        if self._streamed is None or self._streamed[0] != layer:
+            self._streamed = None  # let the layer before go first
+            with torch.device("meta"):
+                block = Block(self.spec.rows[layer], self.spec.hidden)
+            tensors = {name: tensor.to(self.device, copy=True) for name, tensor in weights.layer(layer).items()}
+            block.load_state_dict(tensors, assign=True)
+            self._streamed = layer, block.requires_grad_(False).eval()
+            weights.release()
+        return self._streamed[1]
+
+    @contextmanager
+    def swap(self, layer: int, block: nn.Module) -> Iterator[None]:
+        before = self._swapped.get(layer)
+        self._swapped[layer] = block
+        try:
+            yield
+        finally:
+            del self._swapped[layer]
+            if before is not None:
+                self._swapped[layer] = before
+
+    def module(self, layer: int, site: Site) -> nn.Module:
+        block = self.block(layer)
+        if site in ("input", "output"):
+            return block
+        branch = getattr(block, site, None)
+        if branch is None:
+            raise BadOption(f"site {site!r} of layer {layer}", expected="a half that the layer has",
+                            do="look at the table: print(stack.spec)")
+        return branch  # type: ignore[no-any-return]
+
+    # making new stacks -------------------------------------------------------------------------
+
+    def rebuilt(self, spec: StackSpec, blocks: Iterable[nn.Module], *, embedding: nn.Module | None = None,
+                head: nn.Module | None = None) -> DecoderStack:
+        """A stack for `spec` made of `blocks`; what is not given is shared with this one."""
+        with torch.device("meta"):
+            decoder = Decoder.__new__(Decoder)
+            nn.Module.__init__(decoder)
+        decoder.spec = spec
+        decoder.embedding = embedding or self.decoder.embedding  # type: ignore[assignment]
+        decoder.positions = self.decoder.positions
+        decoder.layers = nn.ModuleList(blocks)
+        decoder.norm = self.decoder.norm
+        decoder.head = head or self.decoder.head
+        return DecoderStack(decoder.eval(), name=self.name, tokenizer=self.tokenizer)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every stored tensor by its name, layer by layer; streamed stacks read as they go."""
+        for name, tensor in self.decoder.state_dict().items():
+            if not name.startswith("layers."):
+                yield name, tensor
+        for layer in range(len(self)):
+            for name, tensor in self.block(layer).state_dict().items():
+                yield f"layers.{layer}.{name}", tensor
+
+    def finite(self) -> None:
+        """Read every weight once. Raises BadModel naming the first tensor that holds NaN or infinity."""
+        for name, tensor in self.tensors():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+                raise BadModel(f"the tensor {name} of {self.name} holds NaN or infinite values",
+                               expected="finite weights", do="fetch or convert the checkpoint again")
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model beside `folder`, re-open it, compare logits, and only then put it in place.
+
+        A uniform dense table is written as its family's standard folder, any other in the layer-table
+        format. Raises BadFile where the disk is full or the re-opened model does not agree.
+        """
+        from layerwise.stack.save import save_stack
+
+        return save_stack(self, Path(folder))
+
+
+def load(decoder_spec: StackSpec, weights: Weights, *, stream: bool, device: torch.device | None = None,
+         dtype: torch.dtype | None = None) -> Decoder:
+    """A decoder whose tensors are the (memory-mapped) tensors of `weights`; with `stream`, only the outside ones."""
+    with torch.device("meta"):
+        decoder = Decoder(decoder_spec)
+    _assign(decoder, weights.outside(), device, dtype)
+    if not stream:
+        for layer in range(len(decoder_spec.rows)):
+            _assign(decoder.layers[layer], weights.layer(layer), device, dtype)
+    return decoder.requires_grad_(False).eval()
+
+
+def _assign(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | None,
+            dtype: torch.dtype | None) -> None:
+    def place(tensor: Tensor) -> Tensor:
+        wanted = dtype if tensor.is_floating_point() else None
+        return tensor if device is None and wanted is None else tensor.to(device=device, dtype=wanted)
+
+    module.load_state_dict({name: place(tensor) for name, tensor in tensors.items()}, assign=True, strict=False)
+
+
+def _positions(tokens_BT: Tensor, valid_BS: Tensor | None, past: int) -> Tensor:
+    batch, new = tokens_BT.shape
+    if valid_BS is None:
+        return torch.arange(past, past + new, device=tokens_BT.device).expand(batch, new)
+    counted_BS: Any = valid_BS.long().cumsum(-1) - 1
+    return counted_BS.clamp(min=0)[:, past:]  # type: ignore[no-any-return]

@@ -1,0 +1,51 @@
+"""`open`: any model, by name, folder, file or as a module, to a `Stack`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from layerwise.io.source import read
+from layerwise.spec import StackSpec
+from layerwise.stack.base import Stack
+from layerwise.stack.decoder import DecoderStack, load
+from layerwise.stack.module import ModuleStack
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open(source: str | Path | nn.Module, *, dtype: str | None = None, device: str | torch.device | None = None,
+         stream: bool | None = None, blocks: Callable[[nn.Module], bool] | None = None) -> Stack:
+    """Open a model to its layers.
+
+    `source` is a Hugging Face folder or hub id, a `.gguf` file, a saved layer-table folder, the name of a
+    demo model (`smollm2`, `gemma3-270m`), or any `torch.nn.Module`. Weights are memory-mapped: a layer is
+    read when it first runs. `stream` reads layers from disk every time they run and keeps none; by default
+    it is chosen when the stored weights exceed four fifths of the free memory. `dtype` is the stored one
+    unless given. `blocks` picks the layers of a module where the longest repeated list is not what is meant.
+
+    Raises BadFile, BadModel, or UnknownName, each saying what to do.
+    """
+    if isinstance(source, nn.Module):
+        return ModuleStack(source, blocks=blocks)
+    found = read(source)
+    if stream is None:
+        stream = found.spec.bytes() > 0.8 * psutil.virtual_memory().available and device is None
+    spec = found.spec if dtype is None else _with_dtype(found.spec, dtype)
+    decoder = load(spec, found.weights, stream=stream, device=torch.device(device) if device else None,
+                   dtype=DTYPES[dtype] if dtype else None)
+    return DecoderStack(decoder, name=found.name, tokenizer=found.tokenizer, folder=found.folder,
+                        weights=found.weights if stream else None)
+
+
+def _with_dtype(spec: StackSpec, dtype: str) -> StackSpec:
+    from dataclasses import replace
+
+    from layerwise.errors import BadOption
+    if dtype not in DTYPES:
+        raise BadOption(f"dtype={dtype!r}", expected=f"one of {sorted(DTYPES)}", do="leave it out to keep the stored one")
+    return replace(spec, dtype=dtype)  # type: ignore[arg-type]

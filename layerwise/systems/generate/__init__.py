@@ -1,0 +1,1 @@
+"""Systems that change how layers run during generation."""

@@ -1,0 +1,1 @@
+"""Systems that measure what layers do."""

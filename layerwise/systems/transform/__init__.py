@@ -1,0 +1,1 @@
+"""Systems that change the weights by layer: prune, merge, tie, quantize, distil."""
