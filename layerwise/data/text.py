@@ -1,0 +1,205 @@
+"""Text as token blocks, ready for a language model.
+
+Shapes: N blocks, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from layerwise.data import sources
+from layerwise.data.batch import Batch, pad, slices
+from layerwise.data.split import Split, check_split, divide
+from layerwise.errors import BadData, BadOption
+
+
+class Tokenizer(Protocol):
+    """Anything that turns text to token ids."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where blocks came from: enough to draw the same ones again.
+
+    `where` is a path or name, `sha256` the hash of the split's whole text, `tokens` its length in tokens,
+    `chosen` the indices of the blocks taken: block i begins at token i * (tokens of text in a block).
+    """
+
+    where: str
+    split: str | None
+    sha256: str
+    tokens: int
+    chosen: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Blocks of text as token ids, `tokens_NT` int64; `mask_NT` is True at real tokens, None if all are."""
+
+    tokens_NT: Tensor
+    name: str
+    source: Source
+    mask_NT: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens_NT)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a block, filling included."""
+        return self.tokens_NT.shape[1]
+
+    def batches(self, size: int = 8) -> Iterator[Batch]:
+        """The blocks in order, `size` at a time; filling that a whole batch shares is cut off."""
+        for rows in slices(len(self), size):
+            if self.mask_NT is None:
+                yield Batch(self.tokens_NT[rows])
+            else:
+                width = int(self.mask_NT[rows].sum(1).max())
+                mask_BT = self.mask_NT[rows, :width]
+                yield Batch(self.tokens_NT[rows, :width], None if bool(mask_BT.all()) else mask_BT)
+
+    def take(self, count: int) -> TextData:
+        """The first `count` blocks."""
+        mask_NT = None if self.mask_NT is None else self.mask_NT[:count]
+        source = dataclasses.replace(self.source, chosen=self.source.chosen[:count])
+        return dataclasses.replace(self, tokens_NT=self.tokens_NT[:count], mask_NT=mask_NT, source=source)
+
+    @classmethod
+    def from_text(
+        cls,
+        text: str,
+        tokenizer: Tokenizer,
+        *,
+        length: int = 512,
+        blocks: int | None = None,
+        split: Split | None = None,
+        seed: int | None = 0,
+        name: str = "text",
+    ) -> TextData:
+        """Blocks of a text given as it is; `split` None uses all of it. Raises as `text_blocks`."""
+        if not text.strip():
+            raise BadData("an empty text", expected="at least one paragraph", do="give some text")
+        parts = [text] if split is None else divide([text])[check_split(split)]
+        return _pack(parts, tokenizer, length, blocks, seed, name=name, where=name, split=split)
+
+    @classmethod
+    def from_prompts(cls, prompts: Sequence[str], tokenizer: Tokenizer, *, name: str = "prompts") -> TextData:
+        """One row for each prompt, filled up on the right. Raises BadData for none, or an empty one."""
+        batch = pad([tokenizer.encode(prompt) for prompt in prompts])
+        text = "\0".join(prompts)
+        tokens = batch.tokens_BT.numel() if batch.mask_BT is None else int(batch.mask_BT.sum())
+        source = Source(name, None, _hash(text), tokens, tuple(range(len(prompts))))
+        return cls(batch.tokens_BT, name, source, batch.mask_BT)
+
+
+def text_blocks(
+    source: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    length: int = 512,
+    blocks: int | None = None,
+    split: Split | None = "calibration",
+    seed: int | None = 0,
+    field: str = "text",
+) -> TextData:
+    """`blocks` blocks of `length` tokens from one split of a source; all its blocks if `blocks` is None.
+
+    Sources: "default" (English that comes with Python), "wikitext-2" and "wikitext-2-detokenized" (from the
+    folder LAYERWISE_DATA), a .txt, .md or .jsonl file, a folder of them, "hf:<data set>:<split>". What
+    belongs to a split depends on the text alone, never on `length`, `blocks` or `seed`; `split` None takes
+    all text. Documents follow one another without filling; the rest that fills no block is dropped.
+    `seed` draws the blocks at random, in text order (more blocks contain the fewer); None takes the first.
+
+    Special tokens that the tokenizer puts around every text stand around every block.
+    Raises BadData for empty or too short text, BadFile for unreadable files, BadOption for an unknown split.
+    """
+    if split is not None:
+        check_split(split)
+    if str(source) in sources.WIKITEXT:
+        text, where = sources.wikitext(str(source), split)
+        parts = [text]
+    else:
+        found = list(sources.documents(source, field))
+        parts, where = found if split is None else divide(found)[split], str(source)
+    return _pack(parts, tokenizer, length, blocks, seed, name=Path(source).name, where=where, split=split)
+
+
+def _pack(
+    parts: Sequence[str],
+    tokenizer: Tokenizer,
+    length: int,
+    blocks: int | None,
+    seed: int | None,
+    *,
+    name: str,
+    where: str,
+    split: str | None,
+) -> TextData:
+    if length < 2 or (blocks is not None and blocks < 1):
+        raise BadOption(
+            f"length={length}, blocks={blocks}",
+            expected="length of at least 2, blocks of at least 1",
+            do="ask for at least one block of two tokens",
+        )
+    before, after = frame(tokenizer)
+    body = length - len(before) - len(after)
+    if body < 1:
+        raise BadOption(
+            f"length={length}",
+            expected=f"more than the {length - body} special tokens of a block",
+            do="ask for longer blocks",
+        )
+    ids = [token for part in parts for token in _bare(tokenizer.encode(part), before, after)]
+    available, wanted = len(ids) // body, blocks or 1
+    if available < wanted:
+        raise BadData(
+            f"{where}{f' ({split} split)' if split else ''} has {len(ids)} tokens",
+            expected=f"at least {wanted * body} tokens, for {wanted} block(s) of {length}",
+            do="ask for fewer or shorter blocks, or give more text",
+        )
+    chosen = _choose(available, blocks, seed)
+    tokens_NT = torch.tensor(ids[: available * body], dtype=torch.int64).view(available, body)[chosen]
+    around = [torch.tensor(ids, dtype=torch.int64).expand(len(chosen), -1) for ids in (before, after)]
+    tokens_NT = torch.cat([around[0], tokens_NT, around[1]], dim=1)
+    source = Source(where, split, _hash("".join(parts)), len(ids), tuple(chosen.tolist()))
+    return TextData(tokens_NT, name, source)
+
+
+def frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after every text."""
+    empty, letter = tokenizer.encode(""), tokenizer.encode("a")
+    before = sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(empty, letter, strict=False))
+    )
+    return empty[:before], empty[before:]
+
+
+def _bare(ids: list[int], before: list[int], after: list[int]) -> list[int]:
+    return ids[len(before) : len(ids) - len(after)]
+
+
+def _choose(available: int, blocks: int | None, seed: int | None) -> Tensor:
+    """Indices of the blocks to take, ascending."""
+    if blocks is None or seed is None:
+        return torch.arange(available if blocks is None else blocks)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return order[:blocks].sort().values
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
