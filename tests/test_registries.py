@@ -18,6 +18,10 @@ INFRASTRUCTURE = {
     "nets/families": {
         "base": "the interface",
     },
+    "systems": {
+        "base": "the contract, and running one system by id",
+        "catalogue": "reads catalogue.toml",
+    },
     "transform": {
         "base": "the interface",
     },
@@ -48,17 +52,25 @@ def test_every_line_resolves(kind: str, name: str) -> None:
     assert REGISTRIES[kind][name] is not None
 
 
-@pytest.mark.parametrize("folder", sorted({kind.rpartition("/")[0] for kind in REGISTRIES}))
-def test_every_file_has_a_line(folder: str) -> None:
-    lines = {
-        place.split(":")[0]
-        for kind, registry in REGISTRIES.items()
-        if kind.rpartition("/")[0] == folder
-        for place in registry.table.values()
+FOLDERS = sorted({kind.rpartition("/")[0] for kind in REGISTRIES})
+
+
+def implementations(folder: str) -> set[str]:
+    """Every file below `folder`, without suffix, except those below a registry of their own."""
+    nearest = {
+        path: max((f for f in FOLDERS if path.is_relative_to(PACKAGE / f)), key=len)
+        for path in (PACKAGE / folder).rglob("*.py")
+        if path.stem != "__init__"
     }
-    files = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
-    package = f"layerwise.{folder.replace('/', '.')}"
-    unlisted = {name for name in files if f"{package}.{name}" not in lines}
+    base = PACKAGE / folder
+    return {path.relative_to(base).with_suffix("").as_posix() for path, f in nearest.items() if f == folder}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_file_has_a_line(folder: str) -> None:
+    lines = {place.split(":")[0] for registry in REGISTRIES.values() for place in registry.table.values()}
+    places = {name: f"layerwise.{folder}.{name}".replace("/", ".") for name in implementations(folder)}
+    unlisted = {name for name, place in places.items() if place not in lines}
     assert unlisted == set(INFRASTRUCTURE.get(folder, {}))
 
 
