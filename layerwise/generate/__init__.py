@@ -1,0 +1,1 @@
+"""Decoding: text from a stack, and how fast it comes."""
