@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +139,14 @@ class DecoderStack(Stack):
         decoder.norm = self.decoder.norm
         decoder.head = head or self.decoder.head
         return DecoderStack(decoder.eval(), name=self.name, tokenizer=self.tokenizer)
+
+    def copied(self, dtype: torch.dtype | None = None) -> DecoderStack:
+        """A resident copy that shares nothing, its dense weights in `dtype`; for training, or another device."""
+        blocks = [copy.deepcopy(self.block(layer)).to(dtype=dtype) for layer in range(len(self))]
+        rest = copy.deepcopy(self.decoder, {id(self.decoder.layers): nn.ModuleList()}).to(dtype=dtype)
+        rest.layers = nn.ModuleList(blocks)
+        rest.spec = self.spec if dtype is None else replace(self.spec, dtype=str(dtype).removeprefix("torch."))
+        return DecoderStack(rest, name=self.name, tokenizer=self.tokenizer)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor by its name, layer by layer; streamed stacks read as they go."""

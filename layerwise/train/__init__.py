@@ -1,0 +1,1 @@
+"""Training that knows layers: the loop, and short healing after a transform."""
