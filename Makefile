@@ -42,7 +42,7 @@ bench: .venv/installed
 	.venv/bin/python -m benchmarks.spine
 
 docs: .venv/installed
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build dist site runs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
