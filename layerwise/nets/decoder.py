@@ -107,11 +107,11 @@ class Decoder(nn.Module):
     def __init__(self, spec: StackSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.embedding = _table(spec.embedding_format, spec.vocabulary, spec.hidden)
+        self.embedding = _table(spec.embedding_format, spec)
         self.positions = nn.Embedding(spec.learned_positions, spec.hidden) if spec.learned_positions else None
         self.layers = nn.ModuleList(Block(row, spec.hidden) for row in spec.rows)
         self.norm = build_norm(spec.final_norm, spec.hidden)
-        self.head: nn.Module | None = None if spec.tied else _table(spec.head_format, spec.vocabulary, spec.hidden)
+        self.head: nn.Module | None = None if spec.tied else _table(spec.head_format, spec)
 
     def embed(self, tokens_BT: Tensor, flow: Flow) -> Tensor:
         """Token (and learned position) embeddings, [B, T, C]."""
@@ -137,8 +137,10 @@ class Decoder(nn.Module):
         return self.logits(x_BTC)
 
 
-def _table(packed: Format | None, vocabulary: int, hidden: int) -> nn.Embedding | PackedEmbedding:
-    return PackedEmbedding.empty(vocabulary, hidden, packed) if packed else nn.Embedding(vocabulary, hidden)
+def _table(packed: Format | None, spec: StackSpec) -> nn.Embedding | PackedEmbedding:
+    if packed is None:
+        return nn.Embedding(spec.vocabulary, spec.hidden)
+    return PackedEmbedding.empty(spec.vocabulary, spec.hidden, packed, getattr(torch, spec.dtype))
 
 
 def _shallow(module: M) -> M:
