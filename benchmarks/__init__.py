@@ -1,0 +1,1 @@
+"""Speed and memory beside a reference, in one run. Start with `python -m benchmarks.spine`."""
