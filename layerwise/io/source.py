@@ -1,0 +1,161 @@
+"""What a model can be opened from: a folder, a GGUF file, a demo model's name, a hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import BadFile, BadModel, BadOption
+from layerwise.io import manifest
+from layerwise.io.checkpoint import Checkpoint, Renamed
+from layerwise.io.gguf_model import GGUFCheckpoint
+from layerwise.io.gguf_tokenizer import GGUFTokenizer
+from layerwise.io.safetensors import SafetensorsCheckpoint
+from layerwise.io.tokenizer import FILES, Tokenizer, read_json
+from layerwise.io.weights import DTYPES, Weights
+from layerwise.nets.families import FAMILIES
+from layerwise.nets.families.base import Family, Link
+from layerwise.spec import StackSpec
+
+AS_MODULE = "open it as a module: layerwise.open(transformers.AutoModel.from_pretrained(...))"
+WRAPPED = {"gemma3": "gemma3_text"}
+"""Multimodal model types whose `text_config` is one of our families."""
+
+RENAMES: tuple[Callable[[str], str], ...] = (
+    lambda name: name,
+    lambda name: name.removeprefix("transformer."),
+    lambda name: name.removeprefix("model."),
+    lambda name: f"language_model.{name}",
+    lambda name: f"model.language_model.{name.removeprefix('model.')}",
+)
+"""How writers of one family spell the same names: bare, without the head's prefix, inside a multimodal model."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model found: its table, where its tensors are, its tokenizer and its folder if it has them."""
+
+    spec: StackSpec
+    weights: Weights
+    tokenizer: Tokenizer | None
+    folder: Path | None
+    name: str
+
+
+def read(source: str | Path, *, dtype: str | None = None) -> Source:
+    """Find a model and check its configuration, tensor names and shapes; no weight is read.
+
+    `source` is a Hugging Face folder or one in the layer-table format, a `.gguf` file, the name of a demo
+    model, or a hub id. `dtype` replaces the stored one (`float32`, `bfloat16`, `float16`).
+    Raises BadFile where files are absent or damaged, BadModel where the model is not one of our families.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise BadOption(f"dtype={dtype!r}", expected=f"one of {sorted(DTYPES)}", do="leave it out to keep the stored one")
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        found = _read_gguf(path, dtype)
+    elif path.is_dir():
+        found = _read_folder(path, dtype)
+    else:
+        found = replace(_read_folder(_fetch(str(source)), dtype), name=str(source))
+    found.weights.check()
+    return found
+
+
+def _fetch(name: str) -> Path:
+    from layerwise.io.demos import DEMOS, demo
+    from layerwise.io.hub import looks_like_id, snapshot
+
+    if name in DEMOS:
+        return demo(name)
+    if looks_like_id(name):
+        return snapshot(name)
+    raise BadFile(f"there is no file or folder {name}", expected="a model folder, a .gguf file, a hub id "
+                  f"(owner/name), or one of the demo models {', '.join(DEMOS)}", do="check the path, or try smollm2")
+
+
+def _read_folder(folder: Path, dtype: str | None) -> Source:
+    if not (folder / "config.json").exists():
+        raise BadFile(f"{folder} has no config.json", expected="a Hugging Face folder or one that layerwise saved",
+                      do="give the folder that holds config.json and the .safetensors files")
+    manifest.verify(folder)
+    config = read_json(folder / "config.json")
+    checkpoint: Checkpoint = SafetensorsCheckpoint(folder)
+    links: list[Link] | None = None
+    if config.get("model_type") == "layerwise":
+        spec = _table(folder, config)
+    else:
+        family, config = _family(folder, config)
+        spec = _spec(folder, family, config | _stored_dtype(config, checkpoint))
+        links = list(family.links(spec))
+        checkpoint = _spelled(checkpoint, links)
+    spec = _in_dtype(spec, dtype)
+    known = any((folder / name).exists() for name in FILES if name != "generation_config.json")
+    tokenizer = Tokenizer(folder, spec.vocabulary) if known else None
+    return Source(spec, Weights(checkpoint, spec, links), tokenizer, folder, folder.name)
+
+
+def _read_gguf(path: Path, dtype: str | None) -> Source:
+    checkpoint = GGUFCheckpoint(path, DTYPES[dtype] if dtype else None)
+    family: Family = FAMILIES[checkpoint.config["model_type"]]()
+    spec = _in_dtype(_spec(path, family, checkpoint.config), dtype)
+    weights = Weights(checkpoint, spec, family.links(spec))
+    return Source(spec, weights, GGUFTokenizer(checkpoint.file, spec.vocabulary), None, path.stem)
+
+
+def _table(folder: Path, config: Mapping[str, Any]) -> StackSpec:
+    try:
+        return StackSpec.from_json(config["layer_table"])
+    except (KeyError, TypeError, AttributeError, BadOption) as error:
+        raise BadFile(f"{folder / 'config.json'} has no readable layer table: {error}",
+                      expected="the entry layer_table as layerwise writes it", do="save the model again") from error
+
+
+def _family(folder: Path, config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
+    kind = config.get("model_type")
+    if kind in WRAPPED and isinstance(config.get("text_config"), dict):
+        outer = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
+        config = outer | config["text_config"]
+        kind = WRAPPED[kind]
+    if kind not in FAMILIES:
+        raise BadModel(f"{folder} holds a model of type {kind!r}", expected=f"one of {', '.join(sorted(FAMILIES))}",
+                       do=AS_MODULE)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise BadModel(f"{folder} holds weights packed by {method}", expected="dense weights, or a folder that "
+                       "layerwise packed", do=f"fetch the dense original, or {AS_MODULE}")
+    return FAMILIES[kind](), config
+
+
+def _spec(place: Path, family: Family, config: Mapping[str, Any]) -> StackSpec:
+    try:
+        return family.spec(config)
+    except KeyError as error:
+        raise BadFile(f"the configuration of {place} lacks {error}", expected=f"what {family.model_type} needs",
+                      do="fetch config.json again") from error
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise BadFile(f"the configuration of {place} makes no sense: {error}",
+                      expected=f"a configuration of {family.model_type}", do="fetch config.json again") from error
+
+
+def _stored_dtype(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, str]:
+    """The dtype most tensors have, for configurations that name none."""
+    if config.get("dtype") or config.get("torch_dtype"):
+        return {}
+    found = [checkpoint.dtype(name) for name in sorted(checkpoint.names())]
+    known = [name for name, dtype in DTYPES.items() if dtype in found]
+    return {"dtype": max(known, key=lambda name: found.count(DTYPES[name]))} if known else {}
+
+
+def _spelled(checkpoint: Checkpoint, links: Iterable[Link]) -> Checkpoint:
+    """The checkpoint under its family's usual names, whichever spelling it was written in."""
+    names = {link.theirs for link in links}
+    stored = checkpoint.names()
+    best = max(RENAMES, key=lambda rename: sum(rename(name) in stored for name in names))
+    return checkpoint if best is RENAMES[0] else Renamed(checkpoint, best, names)
+
+
+def _in_dtype(spec: StackSpec, dtype: str | None) -> StackSpec:
+    return spec if dtype is None else replace(spec, dtype=dtype)  # type: ignore[arg-type]
