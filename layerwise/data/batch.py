@@ -5,6 +5,7 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,12 @@ def slices(total: int, size: int) -> list[slice]:
     if size < 1:
         raise BadOption(f"a batch size of {size}", expected="at least 1", do="give a positive size")
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all sequences share."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def check_tokens(tokens: Tensor, vocabulary: int) -> None:

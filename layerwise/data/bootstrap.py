@@ -2,7 +2,8 @@
 
 Two results on the same items are compared by resampling the items once for both, so what makes an item
 hard for both cancels. Intervals are bias-corrected and accelerated (Efron 1987; scipy's implementation);
-where that is undefined, as when all items are equal, they are plain percentiles.
+where that is undefined, as when all items are equal, they are plain percentiles. With fewer than about thirty
+items they are somewhat too narrow: at 8 items a nominal 95 % covers the truth in 85-90 % of cases.
 
 Shapes: N items, R resamples.
 """
@@ -116,7 +117,7 @@ def _items(values: ArrayLike) -> NDArray[np.float64]:
 def _bootstrap(
     columns: Sequence[NDArray[np.float64]], statistic: Statistic, level: float, resamples: int, seed: int
 ) -> Interval:
-    from scipy.stats import DegenerateDataWarning, bootstrap
+    from scipy.stats import bootstrap
 
     if not 0 < level < 1 or resamples < 100:
         raise BadOption(
@@ -133,7 +134,7 @@ def _bootstrap(
     value = float(statistic(*columns, axis=-1))
     batch = max(1, BATCH_ELEMENTS // len(columns[0]))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
         result = bootstrap(
             columns,
             statistic,

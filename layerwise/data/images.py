@@ -160,7 +160,7 @@ class ImageData:
         Raises BadFile if the file is damaged or laid out differently.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 data, offsets = file["jpeg"].tobytes(), file["offsets"].astype(np.int64)
                 labels = file["labels"].astype(np.int64) if "labels" in file else None
                 names = [str(name) for key in ("classes", "names") if key in file for name in file[key]]

@@ -1,4 +1,4 @@
-"""Pictures that need no download: one coloured shape on a ground of another colour, labelled by its kind.
+"""Pictures that need no download: one bright shape on a dark ground, labelled by its kind.
 
 Shapes: N pictures, C = 3 channels, S pixels a side.
 """
@@ -24,10 +24,10 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return torch.rand(*shape, generator=generator)
 
     labels_N = torch.randint(len(KINDS), (count,), generator=generator)
-    radius_N = SIDE * (0.18 + 0.14 * uniform(count))
+    radius_N = SIDE * (0.22 + 0.14 * uniform(count))
     centre_N2 = SIDE * 0.5 + (SIDE * 0.5 - radius_N)[:, None] * (2 * uniform(count, 2) - 1)
     inside_NSS = _inside(labels_N, centre_N2, radius_N, uniform(count) * 2 * math.pi)
-    ground_N3, paint_N3 = _colours(uniform(count, 3), uniform(count, 3))
+    ground_N3, paint_N3 = 0.45 * uniform(count, 3), 0.55 + 0.45 * uniform(count, 3)
     pixels_NCSS = torch.where(inside_NSS[:, None], paint_N3[..., None, None], ground_N3[..., None, None])
     pixels_NCSS = pixels_NCSS + 0.05 * torch.randn(pixels_NCSS.shape, generator=generator)
     return (pixels_NCSS.clamp(0, 1) * 255).round().to(torch.uint8), labels_N
@@ -46,9 +46,3 @@ def _inside(labels_N: Tensor, centre_N2: Tensor, radius_N: Tensor, angle_N: Tens
     triangle = (slope < 1) & (v_NSS > -0.5)
     stripes = disc & ((v_NSS * 2.5).floor() % 2 == 0)
     return torch.stack([disc, square, triangle, stripes])[labels_N, torch.arange(len(labels_N))]
-
-
-def _colours(ground_N3: Tensor, paint_N3: Tensor) -> tuple[Tensor, Tensor]:
-    """The same colours, with the paint inverted where it is too close to the ground to be seen."""
-    close_N = (ground_N3 - paint_N3).abs().amax(1, keepdim=True) < 0.35
-    return ground_N3, torch.where(close_N, (ground_N3 + 0.5) % 1, paint_N3)

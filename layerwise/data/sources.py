@@ -83,9 +83,9 @@ def wikitext(name: str, split: Split | None) -> tuple[str, str]:
 def detokenized(text: str) -> str:
     """WikiText with ordinary spacing: joins ` @-@ `, punctuation, brackets and quotes to their words."""
     text = re.sub(r" @([-.,])@ ", r"\1", text)
+    text = re.sub(r" ('(?:s|re|ve|ll|d|m|t))(?=\s)", r"\1", text)
     text = re.sub(r" ([.,:;!?%)\]}])", r"\1", text)
     text = re.sub(r"([(\[{$£]) ", r"\1", text)
-    text = re.sub(r" ('(?:s|re|ve|ll|d|m|t)?)(?=\s)", r"\1", text)
     return re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
 
 

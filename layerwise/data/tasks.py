@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerwise.data.batch import pad
+from layerwise.data.batch import common_prefix, pad
 from layerwise.data.bootstrap import Interval, interval, paired_interval
 from layerwise.data.metrics import token_losses
-from layerwise.data.text import Tokenizer, frame
+from layerwise.data.text import Tokenizer, encoder, frame
 from layerwise.errors import BadData
 
 Pair = tuple[list[int], list[int]]
@@ -120,16 +120,19 @@ def accuracy(score: Score, task: MultipleChoice, tokenizer: Tokenizer) -> Accura
 
 
 def encode(item: ChoiceItem, tokenizer: Tokenizer) -> list[Pair]:
-    """(context, continuation) token ids of every option, cut from the tokens of both together."""
-    _, after = frame(tokenizer)
+    """(context, continuation) token ids of every option, cut from the tokens of both together.
+
+    The context ends where the prompt's own tokens and those of the options part, at the latest.
+    """
+    framed = encoder(tokenizer)
+    _, after = frame(framed)
 
     def ids(text: str) -> list[int]:
-        found = tokenizer.encode(text)
+        found = framed(text)
         return found[: len(found) - len(after)]
 
-    context = ids(item.prompt)
     whole = [ids(item.prompt + option) for option in item.options]
-    shared = min(len(context), *(len(both) - 1 for both in whole))
+    shared = min(common_prefix([ids(item.prompt), *whole]), *(len(both) - 1 for both in whole))
     if shared < 1:
         raise BadData(
             f"the prompt {item.prompt!r} has no tokens",

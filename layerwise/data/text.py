@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +18,16 @@ import torch
 from torch import Tensor
 
 from layerwise.data import sources
-from layerwise.data.batch import Batch, pad, slices
+from layerwise.data.batch import Batch, common_prefix, pad, slices
 from layerwise.data.split import Split, check_split, divide
 from layerwise.errors import BadData, BadOption
 
 
 class Tokenizer(Protocol):
-    """Anything that turns text to token ids."""
+    """Anything that turns text to token ids.
+
+    An `encode` that takes `special` adds the special tokens of the model only with `special=True`.
+    """
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -100,7 +104,7 @@ class TextData:
     @classmethod
     def from_prompts(cls, prompts: Sequence[str], tokenizer: Tokenizer, *, name: str = "prompts") -> TextData:
         """One row for each prompt, filled up on the right. Raises BadData for none, or an empty one."""
-        batch = pad([tokenizer.encode(prompt) for prompt in prompts])
+        batch = pad(list(map(encoder(tokenizer), prompts)))
         text = "\0".join(prompts)
         tokens = batch.tokens_BT.numel() if batch.mask_BT is None else int(batch.mask_BT.sum())
         source = Source(name, None, _hash(text), tokens, tuple(range(len(prompts))))
@@ -156,7 +160,8 @@ def _pack(
             expected="length of at least 2, blocks of at least 1",
             do="ask for at least one block of two tokens",
         )
-    before, after = frame(tokenizer)
+    encode = encoder(tokenizer)
+    before, after = frame(encode)
     body = length - len(before) - len(after)
     if body < 1:
         raise BadOption(
@@ -164,7 +169,10 @@ def _pack(
             expected=f"more than the {length - body} special tokens of a block",
             do="ask for longer blocks",
         )
-    ids = [token for part in parts for token in _bare(tokenizer.encode(part), before, after)]
+    ids: list[int] = []
+    for part in parts:
+        framed = encode(part)
+        ids += framed[len(before) : len(framed) - len(after)]
     available, wanted = len(ids) // body, blocks or 1
     if available < wanted:
         raise BadData(
@@ -174,23 +182,23 @@ def _pack(
         )
     chosen = _choose(available, blocks, seed)
     tokens_NT = torch.tensor(ids[: available * body], dtype=torch.int64).view(available, body)[chosen]
-    around = [torch.tensor(ids, dtype=torch.int64).expand(len(chosen), -1) for ids in (before, after)]
-    tokens_NT = torch.cat([around[0], tokens_NT, around[1]], dim=1)
+    sides = [torch.tensor(side, dtype=torch.int64).expand(len(chosen), -1) for side in (before, after)]
+    tokens_NT = torch.cat([sides[0], tokens_NT, sides[1]], dim=1)
     source = Source(where, split, _hash("".join(parts)), len(ids), tuple(chosen.tolist()))
     return TextData(tokens_NT, name, source)
 
 
-def frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after every text."""
-    empty, letter = tokenizer.encode(""), tokenizer.encode("a")
-    before = sum(
-        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(empty, letter, strict=False))
-    )
+def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """The tokenizer's `encode` with the special tokens it adds by itself."""
+    encode: Callable[..., list[int]] = tokenizer.encode
+    return partial(encode, special=True) if "special" in inspect.signature(encode).parameters else encode
+
+
+def frame(encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
+    """The special tokens that `encode` puts before and after every text."""
+    empty = encode("")
+    before = common_prefix([empty, encode("a")])
     return empty[:before], empty[before:]
-
-
-def _bare(ids: list[int], before: list[int], after: list[int]) -> list[int]:
-    return ids[len(before) : len(ids) - len(after)]
 
 
 def _choose(available: int, blocks: int | None, seed: int | None) -> Tensor:
