@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, C hidden width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,6 +92,12 @@ class Stack(ABC):
             raise BadOption(f"layers={layers}", expected=f"a plain slice within 0..{len(self)}", do="count layers from 0")
         return first, max(first, last)
 
+    def index(self, layer: int) -> int:
+        """`layer` itself. Raises BadOption outside the table."""
+        if not 0 <= layer < len(self):
+            raise BadOption(f"layer {layer}", expected=f"a layer within 0..{len(self) - 1}", do="count layers from 0")
+        return layer
+
     # layers ------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -144,7 +150,7 @@ class Stack(ABC):
         module = self.module(layer, site)
         if site == "input":
             handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs: _change_call(args, kwargs, change), with_kwargs=True)
+                lambda _, args, kwargs: change_call(args, kwargs, change), with_kwargs=True)
         else:
             handle = module.register_forward_hook(lambda _, __, out: replace_first(out, change(first_tensor(out))))
         try:
@@ -188,7 +194,8 @@ def first_tensor(value: Any) -> Tensor:
     """The hidden tensor of a layer's output or call: the value itself, or the first tensor in it."""
     if isinstance(value, Tensor):
         return value
-    for item in value.values() if isinstance(value, dict) else value:
+    items = value.values() if isinstance(value, dict) else value
+    for item in items if isinstance(items, Iterable) else ():
         if isinstance(item, Tensor):
             return item
     raise BadOption(f"a layer that returns {type(value).__name__} without a tensor",
@@ -206,7 +213,8 @@ def replace_first(value: Any, new: Tensor) -> Any:
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
-def _change_call(args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Any:
+def change_call(args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Any:
+    """A call's arguments with its hidden tensor passed through `change`."""
     if any(isinstance(item, Tensor) for item in args):
         return replace_first(args, change(first_tensor(args))), kwargs
     return args, replace_first(kwargs, change(first_tensor(kwargs)))
