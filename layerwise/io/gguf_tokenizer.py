@@ -25,7 +25,7 @@ class GGUFTokenizer(Tokenizer):
         self._file = file
 
     @cached_property
-    def folder(self) -> Path:  # type: ignore[override]
+    def folder(self) -> Path:
         data = {name: self._file.metadata.get(f"tokenizer.ggml.{name}") for name in PARTS}
         data["chat"] = self._file.metadata.get("tokenizer.chat_template")
         key = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:24]
@@ -37,18 +37,19 @@ class GGUFTokenizer(Tokenizer):
 
 
 def convert_tokenizer(file: GGUFFile, folder: Path) -> None:
-    """Write `tokenizer.json` and its configuration into `folder`. Raises BadFile where the file's cannot be read."""
+    """Write `tokenizer.json` and its configuration into `folder`; BadFile where `file` holds none we read."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
         tokenizer.save_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        raise BadFile(f"the tokenizer in {file.path} cannot be read: {error}", expected="a byte-level or sentencepiece "
-                      "vocabulary", do="open the original Hugging Face folder instead") from error
+        raise BadFile(f"the tokenizer in {file.path} cannot be read: {error}",
+                      expected="a byte-level or sentencepiece vocabulary",
+                      do="open the original Hugging Face folder instead") from error
     finally:
         logging.set_verbosity(before)
     config = read_json(folder / "tokenizer_config.json")

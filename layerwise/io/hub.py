@@ -17,7 +17,7 @@ def looks_like_id(name: str) -> bool:
 
 
 def snapshot(name: str) -> Path:
-    """The folder of a hub model, fetched where it is not in the hub's own cache. Raises BadFile where it cannot be."""
+    """The folder of a hub model, fetched if the hub's own cache lacks it. Raises BadFile where that fails."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -25,5 +25,6 @@ def snapshot(name: str) -> Path:
     except Exception as error:  # offline, unknown, gated and damaged all end here, in many classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadFile(f"{name!r} is no file or folder here, and the model hub gave none: {reason}",
-                      expected="a folder, a .gguf file, a demo model (smollm2, gemma3-270m), or a reachable hub id",
-                      do="check the spelling and the network, or try the demo model smollm2") from error
+                      expected="a folder, a .gguf file, a demo model's name, or a reachable hub id",
+                      do="check the spelling and the network, or try a demo model: smollm2, gemma3-270m"
+                      ) from error

@@ -17,13 +17,14 @@ ALWAYS = 1 << 30
 
 def write(folder: Path, notes: Mapping[str, Any] | None = None) -> None:
     """Record size and SHA-256 of every file in `folder`, beside `notes` about where the model comes from."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(folder.iterdir())}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)}
+             for path in sorted(folder.iterdir())}
     text = json.dumps({"notes": dict(notes or {}), "files": files}, indent=1)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def verify(folder: Path, largest: int = ALWAYS) -> None:
-    """Compare a folder with its record, if it has one; hashes only where all files together are below `largest`.
+    """Compare a folder with its record, if it has one; hashes where all files are at most `largest` bytes.
 
     Raises BadFile naming the file that is absent, has another size, or another hash.
     """
@@ -33,8 +34,9 @@ def verify(folder: Path, largest: int = ALWAYS) -> None:
         files = json.loads((folder / NAME).read_text(encoding="utf-8"))["files"]
         total = sum(entry["bytes"] for entry in files.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadFile(f"{folder / NAME} cannot be read: {error}", expected="the record written when the model was saved",
-                      do="save or fetch the model again, or remove the file to open the folder unchecked") from error
+        raise BadFile(f"{folder / NAME} cannot be read: {error}",
+                      expected="the record written when the model was saved",
+                      do="save the model again, or remove the file to open the folder unchecked") from error
     for name, entry in files.items():
         _verify(folder / name, entry, hashed=total <= largest)
 
@@ -45,10 +47,13 @@ def _verify(path: Path, entry: Mapping[str, Any], hashed: bool) -> None:
                       do="copy the folder again")
     size = path.stat().st_size
     if size != entry["bytes"]:
-        raise BadFile(f"{path} has {size:,} bytes", expected=f"{entry['bytes']:,} bytes, as when it was saved",
-                      do=f"it is {'truncated' if size < entry['bytes'] else 'changed'}: copy the folder again")
+        what = "truncated" if size < entry["bytes"] else "changed"
+        raise BadFile(f"{path} has {size:,} bytes",
+                      expected=f"{entry['bytes']:,} bytes, as when it was saved",
+                      do=f"it is {what}: copy the folder again")
     if hashed and digest(path) != entry["sha256"]:
-        raise BadFile(f"{path} is not what was saved: its SHA-256 differs", expected=f"{entry['sha256'][:16]}...",
+        raise BadFile(f"{path} is not what was saved: its SHA-256 differs",
+                      expected=f"{entry['sha256'][:16]}...",
                       do=f"copy the folder again; if the change is meant, remove {NAME} beside it")
 
 

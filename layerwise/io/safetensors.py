@@ -84,11 +84,13 @@ def shards(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BadFile(f"{index} cannot be read: {error}", expected="JSON with a weight_map", do=AGAIN) from error
+            raise BadFile(f"{index} cannot be read: {error}", expected="JSON with a weight_map",
+                          do=AGAIN) from error
         absent = [name for name in names if not (folder / name).exists()]
         if absent:
-            raise BadFile(f"{folder} lacks the shard {', '.join(absent)}", expected=f"all {len(names)} shards that "
-                          f"{index.name} names", do="fetch the missing file into the folder")
+            raise BadFile(f"{folder} lacks the shard {', '.join(absent)}",
+                          expected=f"all {len(names)} shards that {index.name} names",
+                          do="fetch the missing file into the folder")
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -111,7 +113,8 @@ def read_header(file: Path) -> dict[str, Entry]:
         header.pop("__metadata__", None)
         entries = {name: _entry(file, value, 8 + length) for name, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadFile(f"{file} has a damaged header: {error}", expected="the safetensors format", do=AGAIN) from error
+        raise BadFile(f"{file} has a damaged header: {error}", expected="the safetensors format",
+                      do=AGAIN) from error
     end = max((entry.stop for entry in entries.values()), default=8 + length)
     if end != size:
         raise BadFile(f"{file} has {size:,} bytes", expected=f"{end:,} bytes, as its header says",

@@ -1,4 +1,4 @@
-"""Write a decoder as a folder: its family's standard one where the table allows, else with the table inside."""
+"""Write a decoder as a folder: its family's standard one where the table allows, else one with the table."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def standard_config(spec: StackSpec) -> dict[str, Any] | None:
 
 
 def table_config(spec: StackSpec) -> dict[str, Any]:
-    """`config.json` of the layer-table format, with the entries that other tools look for beside the table."""
+    """`config.json` of the layer-table format, with the entries that other tools look for."""
     ids = {key: value for key, value in spec.extras.items() if key.endswith("_token_id")}
     return {"architectures": ["LayerwiseForCausalLM"], "model_type": "layerwise", "dtype": spec.dtype,
             "vocab_size": spec.vocabulary, "hidden_size": spec.hidden, "num_hidden_layers": len(spec.rows),
@@ -75,17 +75,22 @@ def table_config(spec: StackSpec) -> dict[str, Any]:
 
 
 def in_table_dtype(tensors: Iterable[Named], spec: StackSpec) -> Iterator[Named]:
-    """The tensors on the CPU, dense ones in the table's dtype. Raises BadModel where one is absent or misshapen."""
+    """The tensors on the CPU, dense ones in the table's dtype.
+
+    Raises BadModel where one is absent or misshapen.
+    """
     expected = expected_tensors(spec)
     for name, tensor in tensors:
         shape, dtype = expected.pop(name, (None, tensor.dtype))
         if shape != tuple(tensor.shape):
-            raise BadModel(f"a tensor {name} of shape {tuple(tensor.shape)}", expected=f"{shape}, as the table says",
+            raise BadModel(f"a tensor {name} of shape {tuple(tensor.shape)}",
+                           expected=f"{shape}, as the table says",
                            do="save the table that belongs to these weights")
         yield name, tensor.detach().to("cpu", dtype)
     if expected:
         raise BadModel(f"{len(expected)} tensors fewer than the table, such as {next(iter(expected))}",
-                       expected="every tensor of the table", do="save the table that belongs to these weights")
+                       expected="every tensor of the table",
+                       do="save the table that belongs to these weights")
 
 
 def to_family(tensors: Iterable[Named], links: Iterable[Link]) -> Iterator[Named]:

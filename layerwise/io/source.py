@@ -30,7 +30,7 @@ RENAMES: tuple[Callable[[str], str], ...] = (
     lambda name: f"language_model.{name}",
     lambda name: f"model.language_model.{name.removeprefix('model.')}",
 )
-"""How writers of one family spell the same names: bare, without the head's prefix, inside a multimodal model."""
+"""How writers of one family spell the same names: usual, bare, or inside a multimodal model."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def read(source: str | Path, *, dtype: str | None = None) -> Source:
     Raises BadFile where files are absent or damaged, BadModel where the model is not one of our families.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise BadOption(f"dtype={dtype!r}", expected=f"one of {sorted(DTYPES)}", do="leave it out to keep the stored one")
+        raise BadOption(f"dtype={dtype!r}", expected=f"one of {sorted(DTYPES)}",
+                        do="leave it out to keep the stored one")
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         found = _read_gguf(path, dtype)
@@ -73,12 +74,14 @@ def _fetch(name: str) -> Path:
     if looks_like_id(name):
         return snapshot(name)
     raise BadFile(f"there is no file or folder {name}", expected="a model folder, a .gguf file, a hub id "
-                  f"(owner/name), or one of the demo models {', '.join(DEMOS)}", do="check the path, or try smollm2")
+                  f"(owner/name), or one of the demo models {', '.join(DEMOS)}",
+                  do="check the path, or try smollm2")
 
 
 def _read_folder(folder: Path, dtype: str | None) -> Source:
     if not (folder / "config.json").exists():
-        raise BadFile(f"{folder} has no config.json", expected="a Hugging Face folder or one that layerwise saved",
+        raise BadFile(f"{folder} has no config.json",
+                      expected="a Hugging Face folder or one that layerwise saved",
                       do="give the folder that holds config.json and the .safetensors files")
     manifest.verify(folder)
     config = read_json(folder / "config.json")
@@ -110,22 +113,24 @@ def _table(folder: Path, config: Mapping[str, Any]) -> StackSpec:
         return StackSpec.from_json(config["layer_table"])
     except (KeyError, TypeError, AttributeError, BadOption) as error:
         raise BadFile(f"{folder / 'config.json'} has no readable layer table: {error}",
-                      expected="the entry layer_table as layerwise writes it", do="save the model again") from error
+                      expected="the entry layer_table as layerwise writes it",
+                      do="save the model again") from error
 
 
 def _family(folder: Path, config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind in WRAPPED and isinstance(config.get("text_config"), dict):
         outer = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
         config = outer | config["text_config"]
         kind = WRAPPED[kind]
     if kind not in FAMILIES:
-        raise BadModel(f"{folder} holds a model of type {kind!r}", expected=f"one of {', '.join(sorted(FAMILIES))}",
-                       do=AS_MODULE)
+        raise BadModel(f"{folder} holds a model of type {kind!r}",
+                       expected=f"one of {', '.join(sorted(FAMILIES))}", do=AS_MODULE)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise BadModel(f"{folder} holds weights packed by {method}", expected="dense weights, or a folder that "
-                       "layerwise packed", do=f"fetch the dense original, or {AS_MODULE}")
+        raise BadModel(f"{folder} holds weights packed by {method}",
+                       expected="dense weights, or a folder that layerwise packed",
+                       do=f"fetch the dense original, or {AS_MODULE}")
     return FAMILIES[kind](), config
 
 
@@ -133,11 +138,12 @@ def _spec(place: Path, family: Family, config: Mapping[str, Any]) -> StackSpec:
     try:
         return family.spec(config)
     except KeyError as error:
-        raise BadFile(f"the configuration of {place} lacks {error}", expected=f"what {family.model_type} needs",
-                      do="fetch config.json again") from error
+        raise BadFile(f"the configuration of {place} lacks {error}",
+                      expected=f"what {family.model_type} needs", do="fetch config.json again") from error
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise BadFile(f"the configuration of {place} makes no sense: {error}",
-                      expected=f"a configuration of {family.model_type}", do="fetch config.json again") from error
+                      expected=f"a configuration of {family.model_type}",
+                      do="fetch config.json again") from error
 
 
 def _stored_dtype(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, str]:

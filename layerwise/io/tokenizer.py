@@ -95,8 +95,9 @@ class Tokenizer:
 
         file = self.folder / "tokenizer.json"
         if not file.exists():
-            raise BadFile(f"{self.folder} has no tokenizer.json", expected="a tokenizer in the fast format",
-                          do="save it once with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+            raise BadFile(f"{self.folder} has no tokenizer.json",
+                          expected="a tokenizer in the fast format",
+                          do="write it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)")
         try:
             tokenizer = Fast.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
@@ -142,7 +143,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadFile(f"{file} cannot be read: {error}", expected="a JSON file", do="fetch the folder again") from error
+        raise BadFile(f"{file} cannot be read: {error}", expected="a JSON file",
+                      do="fetch the folder again") from error
     if not isinstance(value, dict):
-        raise BadFile(f"{file} holds a {type(value).__name__}", expected="a JSON object", do="fetch the folder again")
+        raise BadFile(f"{file} holds a {type(value).__name__}", expected="a JSON object",
+                      do="fetch the folder again")
     return value

@@ -39,7 +39,8 @@ class Weights:
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Several tensors; what lies side by side in a file is mapped at once."""
         names = list(names)
-        found = self.checkpoint.tensors(dict.fromkeys(link.theirs for name in names for link in self._links[name]))
+        theirs = dict.fromkeys(link.theirs for name in names for link in self._links[name])
+        found = self.checkpoint.tensors(theirs)
         return {name: self._assemble(name, found) for name in names}
 
     def layer(self, index: int) -> dict[str, Tensor]:
@@ -60,7 +61,7 @@ class Weights:
                 yield f"layers.{index}.{name}", tensor
 
     def check(self) -> None:
-        """Compare names and shapes with the table, without reading weights. Raises BadFile naming the tensor."""
+        """Compare names and shapes with the table; reads no weights. Raises BadFile naming the tensor."""
         present = self.checkpoint.names()
         for name, (shape, _) in self.expected.items():
             for link in self._links.get(name, [Link(name, name)]):
@@ -71,7 +72,7 @@ class Weights:
     def finite(self) -> None:
         """Read every weight once. Raises BadModel naming the first tensor that holds NaN or infinity."""
         for name, tensor in self.stream():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+            if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
                 raise BadModel(f"the tensor {name} in {self.checkpoint.place} holds NaN or infinite values",
                                expected="finite weights", do="fetch or convert the checkpoint again")
 
@@ -92,7 +93,7 @@ class Weights:
 
 
 def expected_tensors(spec: StackSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name to (shape, dtype) of every stored tensor of `Decoder(spec)`; packed buffers keep their own dtype."""
+    """Name to (shape, dtype) of every stored tensor of `Decoder(spec)`; packed ones keep their own dtype."""
     with torch.device("meta"):
         decoder = Decoder(spec)
     dense = {name for name, _ in decoder.named_parameters()}
@@ -106,9 +107,15 @@ def build(weights: Weights, dtype: torch.dtype | None = None) -> Decoder:
     with torch.device("meta"):
         decoder = Decoder(weights.spec)
     dense = {name for name, _ in decoder.named_parameters()}
-    state = {name: tensor.to(dtype) if dtype and name in dense else tensor for name, tensor in weights.stream()}
-    decoder.load_state_dict(state, assign=True)
+    decoder.load_state_dict(
+        {name: tensor.to(dtype) if dtype and name in dense else tensor for name, tensor in weights.stream()},
+        assign=True)
     return decoder.requires_grad_(False).eval()
+
+
+def _finite(tensor: Tensor) -> bool:
+    low, high = torch.aminmax(tensor)  # both are NaN where one value is
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _piece(theirs: Tensor, link: Link) -> Tensor:
