@@ -42,7 +42,7 @@ def convert_tokenizer(file: GGUFFile, folder: Path) -> None:
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(40)  # errors only
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
         tokenizer.save_pretrained(str(folder))

@@ -97,7 +97,7 @@ class Tokenizer:
         if not file.exists():
             raise BadFile(f"{self.folder} has no tokenizer.json",
                           expected="a tokenizer in the fast format",
-                          do="write it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+                          do="load it with transformers and save it again with save_pretrained")
         try:
             tokenizer = Fast.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
