@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from layerwise.io.tokenizer import Tokenizer
 
 Caches = dict[int, LayerCache]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+         "_forward_hooks_always_called")
 
 
 class DecoderStack(Stack):
@@ -97,15 +99,14 @@ class DecoderStack(Stack):
             self._streamed = None  # let the layer before go first
             with torch.device("meta"):
                 block = Block(self.spec.rows[layer], self.spec.hidden)
-            tensors = {name: tensor.to(self.device, copy=True) for name, tensor in weights.layer(layer).items()}
-            block.load_state_dict(tensors, assign=True)
+            _assign(block, weights.layer(layer), self.device, self.dtype)
+            _share_hooks(self.decoder.layers[layer], block)
             self._streamed = layer, block.requires_grad_(False).eval()
-            weights.release()
         return self._streamed[1]
 
     @contextmanager
     def swap(self, layer: int, block: nn.Module) -> Iterator[None]:
-        before = self._swapped.get(layer)
+        before = self._swapped.get(self.index(layer))
         self._swapped[layer] = block
         try:
             yield
@@ -115,7 +116,7 @@ class DecoderStack(Stack):
                 self._swapped[layer] = before
 
     def module(self, layer: int, site: Site) -> nn.Module:
-        block = self.block(layer)
+        block = self._swapped.get(self.index(layer), self.decoder.layers[layer])
         if site in ("input", "output"):
             return block
         branch = getattr(block, site, None)
@@ -187,13 +188,19 @@ def load(decoder_spec: StackSpec, weights: Weights, *, stream: bool, device: tor
     return decoder.requires_grad_(False).eval()
 
 
+def _share_hooks(kept: nn.Module, block: nn.Module) -> None:
+    """Let `block`, just read from disk, run the hooks of `kept`, which stays; also those registered later."""
+    for ours, theirs in zip(kept.modules(), block.modules(), strict=True):
+        for hooks in HOOKS:
+            theirs.__dict__[hooks] = ours.__dict__[hooks]
+
+
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | None,
             dtype: torch.dtype | None) -> None:
-    def place(tensor: Tensor) -> Tensor:
-        wanted = dtype if tensor.is_floating_point() else None
-        return tensor if device is None and wanted is None else tensor.to(device=device, dtype=wanted)
-
-    module.load_state_dict({name: place(tensor) for name, tensor in tensors.items()}, assign=True, strict=False)
+    """Make `tensors` the weights of `module`; `dtype` is for dense weights, packed ones keep their own."""
+    dense = {name for name, _ in module.named_parameters()}
+    module.load_state_dict({name: tensor.to(device=device, dtype=dtype if name in dense else None)
+                            for name, tensor in tensors.items()}, assign=True, strict=False)
 
 
 def _positions(tokens_BT: Tensor, valid_BS: Tensor | None, past: int) -> Tensor:
