@@ -1,0 +1,126 @@
+"""Store matrices as integers of 2 to 8 bits, rounded to nearest, with searched scales, or by GPTQ."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadData, BadOption
+from layerwise.nets.decoder import MATRICES, Block
+from layerwise.nets.packed import PackedEmbedding, PackedLinear, PackedMatrix
+from layerwise.spec import Format, LayerSpec, Opaque
+from layerwise.transform.base import Stats, Transform
+from layerwise.transform.gptq import gptq
+from layerwise.transform.rounding import Rounded, round_to_nearest
+
+Method = Literal["nearest", "search", "gptq"]
+SEARCH_STEPS = 8
+
+
+def default_format(bits: int) -> Format:
+    """The format for a width: 8 bits symmetric with one scale a row, others in groups of 32 with zeros."""
+    return Format(bits, 0, symmetric=True) if bits == 8 else Format(bits, 32)
+
+
+@dataclass(frozen=True)
+class Quantize(Transform):
+    """Store the named matrices (all that the layer has, by default) in `bits` bits.
+
+    `group` inputs share a scale (0: the whole row); `group` and `symmetric` left None take the width's
+    default format. `nearest` keeps each group's full range, `search` looks for the range with the least
+    squared error, `gptq` compensates rounding errors on calibration inputs (it also searches). A name that
+    a layer lacks is passed over, so that one setting serves rows of different kinds.
+    """
+
+    name: ClassVar[str] = "quantize"
+    bits: int = 8
+    group: int | None = None
+    symmetric: bool | None = None
+    method: Method = "nearest"
+    matrices: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise BadOption(f"method={self.method!r}", expected=f"one of {get_args(Method)}",
+                            do="choose one of them")
+        unknown = sorted(set(self.matrices or ()) - set(MATRICES))
+        if unknown:
+            raise BadOption(f"matrices {unknown}", expected=f"names among {list(MATRICES)}",
+                            do="correct the names")
+        object.__setattr__(self, "matrices", None if self.matrices is None else tuple(self.matrices))
+        object.__setattr__(self, "needs", frozenset({"gram"} if self.method == "gptq" else ()))
+        _ = self.format  # a Format checks itself
+
+    @property
+    def format(self) -> Format:
+        """How each matrix is stored."""
+        default = default_format(self.bits)
+        group = default.group if self.group is None else self.group
+        return Format(self.bits, group, default.symmetric if self.symmetric is None else self.symmetric)
+
+    def edit(self, row: LayerSpec, hidden: int) -> LayerSpec:
+        """The row with the new formats. Raises BadOption for an opaque layer."""
+        if isinstance(row.mixer, Opaque):
+            raise BadOption(f"quantizing {row.mixer.path}, which layerwise did not build",
+                            expected="a layer of a decoder language model", do="leave the layer out")
+        packed = dict.fromkeys(self._names(row), self.format)
+        return dataclasses.replace(row, formats={**row.formats, **packed})
+
+    def apply(self, block: nn.Module, row: LayerSpec, stats: Stats | None = None) -> Block:
+        """A block whose matrices are packed. One that is packed in this format already is kept; one packed
+        in another is rounded again from its values.
+
+        Raises BadData where GPTQ lacks a Gram matrix, BadModel where weights are not finite.
+        """
+        block = cast(Block, block)
+        return block.with_matrices({name: self._packed(block.matrix(name), name, stats or {})
+                                    for name in self._names(row)})
+
+    def _names(self, row: LayerSpec) -> list[str]:
+        return [name for name in row.matrices(hidden=1) if self.matrices is None or name in self.matrices]
+
+    def _packed(self, matrix: nn.Linear | PackedLinear, name: str, stats: Stats) -> PackedLinear:
+        if isinstance(matrix, PackedLinear) and matrix.format == self.format:
+            return matrix
+        rounded = rounded_by(self.method, values(matrix), self.format, stats.get(name), f"matrix {name!r}")
+        return PackedLinear.from_codes(*rounded, self.format, bias=matrix.bias)
+
+
+def pack_table(weight_VC: Tensor, format: Format, method: Method = "nearest") -> PackedEmbedding:
+    """A token table (embedding or head) in a packed format, for a residual stream of the weights' dtype.
+
+    A table is looked up, so there are no inputs to calibrate on: `gptq` searches. Raises BadModel where
+    weights are not finite.
+    """
+    method = "search" if method == "gptq" else method
+    rounded = rounded_by(method, weight_VC.detach(), format, what="the token table")
+    return PackedEmbedding.from_codes(*rounded, format, weight_VC.dtype)
+
+
+@torch.no_grad()
+def rounded_by(method: Method, weight_OI: Tensor, format: Format, gram_II: Tensor | None = None,
+               what: str = "the matrix") -> Rounded:
+    """Codes, scales and zeros of a matrix. A Gram matrix of its inputs weighs what `search` minimises.
+
+    Raises BadData where `gptq` lacks the Gram matrix, BadModel, naming `what`, where weights are not finite.
+    """
+    if method == "nearest":
+        return round_to_nearest(weight_OI, format, what=what)
+    if method == "search":
+        importance_I = None if gram_II is None else gram_II.diagonal()
+        return round_to_nearest(weight_OI, format, search=SEARCH_STEPS, importance_I=importance_I, what=what)
+    if gram_II is None:
+        raise BadData(f"GPTQ on {what} without statistics of its inputs", expected="calibration data",
+                      do="pass data, or use method='search', which needs none")
+    return gptq(weight_OI, gram_II, format, search=SEARCH_STEPS, what=what)
+
+
+def values(module: nn.Module) -> Tensor:
+    """The weights of a linear layer or table, dense or packed, [O, I]; a packed table's in its dtype."""
+    if isinstance(module, PackedMatrix):
+        return module.dense(module.dtype if isinstance(module, PackedEmbedding) else torch.float32)
+    return cast(Tensor, module.weight).detach()
