@@ -15,6 +15,27 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "layerwise"
 
 INFRASTRUCTURE = {
+    "allocate/solvers": {
+        "base": "the interface",
+        "problem": "choices as arrays, shared by the solvers",
+    },
+    "measure": {
+        "backward": "the shared backward pass",
+        "base": "the interfaces",
+        "ending": "the end of a pass, shared by what compares outputs",
+        "engine": "runs instruments over data",
+        "forward": "the shared forward pass",
+        "inputs": "data as inputs to a stack",
+        "journal": "resuming after a kill",
+        "progress": "the progress bar",
+        "sample": "which positions are looked at",
+        "scores": "the result",
+        "scores_files": "the result as a file",
+        "seen": "what a pass shows to instruments",
+        "sweep": "the shared walk of interventions",
+        "tally": "running means",
+        "weights": "weights as numbers, however they are stored",
+    },
     "nets/families": {
         "base": "the interface",
     },
@@ -24,9 +45,17 @@ INFRASTRUCTURE = {
     },
     "transform": {
         "base": "the interface",
+        "gptq": "one of the ways in which quantize rounds",
+        "gram": "the statistics that GPTQ reads",
+        "rounding": "the arithmetic of quantize",
     },
 }
 """Files that hold no registered implementation, with the reason, per folder that has a registry."""
+
+MIXED = {
+    "data": "its registry names tasks, which are functions of one file among streams and metrics",
+}
+"""Folders whose registry is not one implementation per file, with the reason."""
 
 LONGEST = 500
 
@@ -52,7 +81,7 @@ def test_every_line_resolves(kind: str, name: str) -> None:
     assert REGISTRIES[kind][name] is not None
 
 
-FOLDERS = sorted({kind.rpartition("/")[0] for kind in REGISTRIES})
+FOLDERS = sorted({kind.rpartition("/")[0] for kind in REGISTRIES} - set(MIXED))
 
 
 def implementations(folder: str) -> set[str]:
