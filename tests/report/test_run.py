@@ -154,14 +154,15 @@ import random, sys, time
 from pathlib import Path
 from layerwise.io import atomic
 from layerwise.report.run import Run
+def save(value, path):
+    atomic.write_text(path, value)
 with Run.open(sys.argv[1], "optimize", {"seed": 0}) as run:
     total = 0
     for name in "abcdefgh":
         def produce(name=name):
             time.sleep(0.02)
             return str(total * 31 + ord(name))
-        found = run.step(name, produce, file=name, save=lambda v, p: atomic.write_text(p, v), load=Path.read_text)
-        total = int(found)
+        total = int(run.step(name, produce, file=name, save=save, load=Path.read_text))
     print(total)
 """
 

@@ -1,0 +1,197 @@
+"""The charts of a report, as plotly figures without colours of their own for text and ground.
+
+A page adds those for light and dark; in a notebook they follow plotly's theme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from layerwise.report.layers import LayerChange
+from layerwise.report.report import Report
+from layerwise.report.table import percent_change, size, speed
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from layerwise.measure.scores import Column
+
+BEFORE, AFTER = "#8792a2", "#2368b0"
+KINDS = {
+    "plan": ("chosen plan", "star", "#d9480f", 17),
+    "candidate": ("other candidates", "circle", "#2f7fd1", 10),
+    "control": ("controls", "x-thin-open", "#8a63d2", 11),
+    "original": ("original", "diamond", "#8792a2", 11),
+}
+BITS_SCALE = ((0, "#b9c0ca"), (2, "#ffe08a"), (4, "#a5d8c8"), (6, "#5fb3c6"), (8, "#3a7fc0"), (16, "#1f3a68"))
+
+
+def column_chart(column: Column) -> Figure:
+    """One instrument over depth: a bar per layer, and what is outside the layers beside them."""
+    from plotly.graph_objects import Figure
+
+    names = [str(layer) for layer in range(len(column.values))] + list(column.outside)
+    values = [*column.values, *column.outside.values()]
+    figure = Figure()
+    figure.add_bar(
+        x=names,
+        y=values,
+        marker_color=AFTER,
+        hovertemplate="layer %{x}: %{y:.4g} " + column.unit + "<extra></extra>",
+    )
+    figure.update_xaxes(title_text="layer", type="category")
+    figure.update_yaxes(title_text=column.unit, zeroline=True)
+    return _plain(figure, 340)
+
+
+def bits_chart(layers: Sequence[LayerChange]) -> Figure:
+    """What each layer got: matrices over depth, coloured by stored bits; a dash where a matrix is gone."""
+    from plotly.graph_objects import Figure
+
+    rows = [change for change in layers if isinstance(change.layer, int) and change.bits]
+    matrices = list(dict.fromkeys(name for change in rows for name in change.bits))
+    bits = [[change.bits.get(name) for change in rows] for name in matrices]
+    words = [
+        [f"{change.got}<br>{size(change.bytes_before)} to {size(change.bytes_after)}" for change in rows]
+    ] * len(bits)
+    figure = Figure()
+    figure.add_heatmap(
+        x=[str(change.layer) for change in rows],
+        y=matrices,
+        z=bits,
+        text=[[_bits_label(value) for value in row] for row in bits],
+        customdata=words,
+        texttemplate="%{text}",
+        hovertemplate="layer %{x}, matrix %{y}: %{text}<br>%{customdata}<extra></extra>",
+        colorscale=[[edge / 16, colour] for edge, colour in BITS_SCALE],
+        zmin=0,
+        zmax=16,
+        xgap=1,
+        ygap=1,
+        colorbar={
+            "title": {"text": "bits"},
+            "tickvals": [0, 2, 4, 6, 8, 16],
+            "thickness": 12,
+            "ticktext": ["gone", "2", "4", "6", "8", "16"],
+        },
+    )
+    figure.update_xaxes(title_text="layer", type="category", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return _plain(figure, 120 + 34 * max(len(matrices), 3))
+
+
+def before_after_chart(report: Report) -> Figure:
+    """Each quantity after as a percentage of before."""
+    from plotly.graph_objects import Figure
+
+    bars = before_after(report)[::-1]
+    figure = Figure()
+    figure.add_bar(
+        y=[name for name, _, _ in bars],
+        x=[share for _, share, _ in bars],
+        orientation="h",
+        marker_color=AFTER,
+        text=[f"{share:.1f} %" for _, share, _ in bars],
+        textposition="auto",
+        insidetextanchor="end",
+        textangle=0,
+        customdata=[words for _, _, words in bars],
+        hovertemplate="%{y}: %{customdata}<extra></extra>",
+    )
+    largest = max([share for _, share, _ in bars], default=100.0)
+    figure.add_vline(
+        x=100,
+        line_dash="dot",
+        line_color=BEFORE,
+        layer="below",
+        annotation_text="before",
+        annotation_position="top",
+    )
+    figure.update_xaxes(title_text="% of before", range=[0, 1.08 * max(largest, 100)])
+    return _plain(figure, 110 + 44 * len(bars), left=130)
+
+
+def before_after(report: Report) -> list[tuple[str, float, str]]:
+    """(quantity, percentage of before, both values in words) for whatever was measured on both sides."""
+    a, b = report.before, report.after
+    pairs: list[tuple[str, float | None, float | None, str]] = [
+        ("stored bytes", a.bytes, b.bytes, f"{size(a.bytes)} to {size(b.bytes)}"),
+        (
+            "parameters",
+            a.parameters,
+            b.parameters,
+            f"{a.parameters / 1e6:.1f} M to {b.parameters / 1e6:.1f} M",
+        ),
+        (
+            "peak memory",
+            a.peak_memory_bytes,
+            b.peak_memory_bytes,
+            f"{size(a.peak_memory_bytes or 0)} to {size(b.peak_memory_bytes or 0)}",
+        ),
+        (
+            "decode speed",
+            a.decode_tokens_per_s,
+            b.decode_tokens_per_s,
+            f"{speed(a.decode_tokens_per_s)} to {speed(b.decode_tokens_per_s)} tokens/s",
+        ),
+        (
+            "prefill speed",
+            a.prefill_tokens_per_s,
+            b.prefill_tokens_per_s,
+            f"{speed(a.prefill_tokens_per_s)} to {speed(b.prefill_tokens_per_s)} tokens/s",
+        ),
+        (
+            "perplexity",
+            a.perplexity,
+            b.perplexity,
+            f"{a.perplexity:.2f} to {b.perplexity:.2f}, {percent_change(report.perplexity_ratio)}",
+        ),
+    ]
+    return [(name, 100 * new / old, words) for name, old, new, words in pairs if old and new]
+
+
+def tried_chart(tried: Sequence[Mapping[str, Any]]) -> Figure:
+    """Every plan tried: stored bytes against divergence from the original; low and left is best."""
+    from plotly.graph_objects import Figure
+
+    figure = Figure()
+    for kind, (label, symbol, colour, width) in KINDS.items():
+        points = [point for point in tried if point["kind"] == kind]
+        if points:
+            figure.add_scatter(
+                x=[point["bytes"] / 1e6 for point in points],
+                y=[point["kl"] for point in points],
+                text=[point["name"] for point in points],
+                name=label,
+                mode="markers",
+                marker={
+                    "symbol": symbol,
+                    "color": colour,
+                    "size": width,
+                    "line": {"width": 2, "color": colour},
+                },
+                hovertemplate="%{text}<br>%{x:.1f} MB, KL %{y:.4f} nats/token<extra></extra>",
+            )
+    figure.update_xaxes(title_text="stored MB")
+    figure.update_yaxes(title_text="KL, nats/token", type="log", dtick="D2", tickformat="~g")
+    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
+    return _plain(figure, 420)
+
+
+def _bits_label(bits: float | None) -> str:
+    return "" if bits is None else f"{bits:g}" if bits else "-"
+
+
+def _plain(figure: Figure, height: int, left: int = 70) -> Figure:
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": left, "r": 24, "t": 36, "b": 52},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 13},
+        hoverlabel={"font": {"size": 13}},
+        bargap=0.25,
+    )
+    return figure

@@ -1,0 +1,101 @@
+"""The report as one page that needs nothing else: text, charts and their script are all inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from layerwise.report import charts
+from layerwise.report.layers import runs
+from layerwise.report.report import Report
+from layerwise.report.table import predictions, rows
+from layerwise.report.words import summary
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from plotly.graph_objects import Figure
+
+    from layerwise.measure.scores import Scores
+
+
+def page(
+    report: Report,
+    *,
+    scores: Scores | None = None,
+    plan: Mapping[str, Any] | None = None,
+    tried: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The whole page. `plan` is a plan as plain values, shown as it was written."""
+    from plotly.offline import get_plotlyjs
+
+    figures = {"before-after": charts.before_after_chart(report)}
+    if any(change.bits for change in report.layers if isinstance(change.layer, int)):
+        figures["bits"] = charts.bits_chart(report.layers)
+    if tried:
+        figures["tried"] = charts.tried_chart(tried)
+    columns = list(scores.columns.values()) if scores else []
+    for index, column in enumerate(columns):
+        figures[f"score-{index}"] = charts.column_chart(column)
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            **_shared(report, tried),
+            figures={name: _plain(figure) for name, figure in figures.items()},
+            columns=columns,
+            tried=sorted(tried, key=lambda point: (point["kl"], point["name"])),
+            plan=json.dumps(plan, indent=1) if plan else None,
+            provenance=list(_flat(report.provenance)),
+            plotly=get_plotlyjs(),
+        )
+    )
+
+
+def fragment(report: Report) -> str:
+    """The words and tables of the report without scripts, for a notebook cell."""
+    return _environment().get_template("fragment.html").render(**_shared(report, ()))
+
+
+def _shared(report: Report, tried: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "report": report,
+        "summary": summary(report, tried),
+        "rows": rows(report),
+        "predictions": predictions(report),
+        "runs": list(runs(report.layers)),
+    }
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
+    folder = files("layerwise.report")
+    sources = {
+        name: folder.joinpath(name).read_text("utf-8") for name in ("page.html", "fragment.html", "page.js")
+    }
+    return Environment(
+        loader=DictLoader(sources),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _plain(figure: Figure) -> Any:
+    return json.loads(figure.to_json())
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Any:
+    """Nested provenance as (dotted name, value) pairs; long lists are counted instead of listed."""
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{name}: ")
+        elif isinstance(item, (list, tuple)) and len(item) > 8:
+            yield f"{prefix}{name}", f"{len(item)} values"
+        else:
+            yield f"{prefix}{name}", item

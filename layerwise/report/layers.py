@@ -1,0 +1,123 @@
+"""What each layer got: two layer tables side by side, row by row; equal neighbours are merged for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from layerwise.spec import DTYPE_BYTES, Format, LayerSpec, StackSpec, describe
+
+GONE = 0.0
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """One row before and after.
+
+    `layer` is the index before, or "embedding" or "head". `bits` gives the width at which each matrix is
+    stored now, scales left out; 0 where the matrix is gone. `got` says the same in words.
+    """
+
+    layer: int | str
+    got: str
+    bytes_before: int
+    bytes_after: int
+    bits: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def layer_changes(
+    before: StackSpec, after: StackSpec, kept: Sequence[int] | None = None
+) -> tuple[LayerChange, ...]:
+    """One change for each row of `before`, and one for each table outside the rows.
+
+    `kept` gives, for each row of `after`, its index in `before`; by default rows are taken in order, and
+    where fewer are left, the last ones count as dropped.
+    """
+    indices = range(len(after.rows)) if kept is None else kept
+    left = dict(zip(indices, after.rows, strict=True))
+    rows = [_row_change(index, row, left.get(index), before, after) for index, row in enumerate(before.rows)]
+    return (*rows, *_table_changes(before, after))
+
+
+def runs(changes: Sequence[LayerChange]) -> Iterator[tuple[str, str]]:
+    """(`4-7`, what they got) for every run of neighbouring layers that got the same."""
+    start = 0
+    for index in range(1, len(changes) + 1):
+        first, last = changes[start], changes[index - 1]
+        if index < len(changes) and changes[index].got == first.got and _follows(last, changes[index]):
+            continue
+        yield (f"{first.layer}" if index == start + 1 else f"{first.layer}-{last.layer}"), first.got
+        start = index
+
+
+def _follows(a: LayerChange, b: LayerChange) -> bool:
+    return isinstance(a.layer, int) and isinstance(b.layer, int)
+
+
+def _row_change(
+    layer: int, row: LayerSpec, new: LayerSpec | None, before: StackSpec, after: StackSpec
+) -> LayerChange:
+    names = row.matrices(before.hidden)
+    kept = new.matrices(after.hidden) if new else {}
+    size = 8.0 * DTYPE_BYTES[after.dtype]
+    bits = {name: _width(new, name, size) if new and name in kept else GONE for name in names}
+    return LayerChange(
+        layer,
+        _words(row, new, bits, size),
+        row.bytes(before.hidden, before.dtype),
+        new.bytes(after.hidden, after.dtype) if new else 0,
+        bits,
+    )
+
+
+def _width(row: LayerSpec, name: str, dense: float) -> float:
+    return float(row.formats[name].bits) if name in row.formats else dense
+
+
+def _words(row: LayerSpec, new: LayerSpec | None, bits: Mapping[str, float], dense: float) -> str:
+    if new is None:
+        return "dropped"
+    parts = []
+    if row.mixer is not None and new.mixer is None:
+        parts.append("no attention")
+    if row.feed_forward is not None and new.feed_forward is None:
+        parts.append("no feed-forward")
+    left = {name: width for name, width in bits.items() if width != GONE}
+    packed = [width for width in left.values() if width != dense]
+    if packed:
+        parts.append(_widths(left))
+    if not parts and (row.mixer, row.feed_forward) != (new.mixer, new.feed_forward):
+        parts.append(describe(new))
+    return ", ".join(parts) or "as it was"
+
+
+def _widths(bits: Mapping[str, float]) -> str:
+    """`4 bits`, or `8 bits: q k; 4 bits: gate up down`."""
+    widths = sorted(set(bits.values()), reverse=True)
+    if len(widths) == 1:
+        return f"{widths[0]:g} bits"
+    return "; ".join(
+        f"{width:g} bits: {' '.join(name for name in bits if bits[name] == width)}" for width in widths
+    )
+
+
+def _table_changes(before: StackSpec, after: StackSpec) -> Iterator[LayerChange]:
+    if before.outside or not before.vocabulary:
+        return
+    pairs = {"embedding": (before.embedding_bytes(), after.embedding_bytes(), after.embedding_format)}
+    if not before.tied:
+        pairs["head"] = before.head_bytes(), after.head_bytes(), after.head_format
+    for name, (old, new, packed) in pairs.items():
+        yield LayerChange(name, _table_words(packed), old, new, {"table": _table_bits(packed, after)})
+
+
+def _table_words(packed: Format | None) -> str:
+    return f"{packed.bits} bits" if packed else "as it was"
+
+
+def _table_bits(packed: Format | None, spec: StackSpec) -> float:
+    return float(packed.bits) if packed else 8.0 * DTYPE_BYTES[spec.dtype]
