@@ -118,7 +118,7 @@ class ModuleStack(Stack):
                 self._swapped[layer] = before
 
     def skip(self, layer: int) -> AbstractContextManager[None]:
-        """Leave a layer out: what enters it leaves it. One that changes the shape raises BadOption when run."""
+        """Leave a layer out: what enters it leaves it. BadOption if that changes the shape."""
         return self.swap(layer, self._passing(layer))
 
     def _passing(self, layer: int) -> nn.Module:

@@ -140,7 +140,7 @@ class Replay:
     def _disorder(self, came: str) -> BadModel:
         return BadModel(f"a forward pass in which {came} came, not {self._named(self.next)}",
                         expected="every layer called once, in the order of the table",
-                        do="list the layers that this input reaches, in call order, as blocks=['body.0', ...]")
+                        do="list the layers that this input reaches, in call order: blocks=['body.0', ...]")
 
 
 class Passing(nn.Module):
