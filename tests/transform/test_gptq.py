@@ -15,6 +15,9 @@ from layerwise.transform.gptq import gptq, inverse_factor, output_error
 from layerwise.transform.rounding import Rounded, round_to_nearest
 
 
+FOUR, THREE = Format(4, 32), Format(3, 32)
+
+
 def problem(outputs: int = 24, inputs: int = 80, samples: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Normal weights, and the Gram matrix of correlated inputs of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
@@ -25,9 +28,10 @@ def problem(outputs: int = 24, inputs: int = 80, samples: int = 200, seed: int =
 
 
 def slow_gptq(weight_OI: Tensor, gram_II: Tensor, rounded: Rounded, format: Format, damping: float) -> Tensor:
-    """Optimal brain quantisation in a fixed order, all in float64: after rounding input j, the inputs left move
+    """Optimal brain quantisation in a fixed order, all in float64.
 
-    by -(error_j / [H_rest^-1]_jj) * [H_rest^-1]_j,rest, where H_rest is the damped matrix of inputs not rounded.
+    After input j is rounded, the inputs left move by -(error_j / inverse_jj) * inverse_j,left, where the
+    inverse is that of the damped Gram matrix of the inputs not yet rounded, computed anew each time.
     """
     w, gram = weight_OI.double().clone(), gram_II.double()
     gram = gram + damping * gram.diagonal().mean() * torch.eye(len(gram))
@@ -47,7 +51,7 @@ def slow_gptq(weight_OI: Tensor, gram_II: Tensor, rounded: Rounded, format: Form
     return codes
 
 
-@pytest.mark.parametrize("format", [Format(4, 32), Format(3, 16, True), Format(2, 32), Format(8, 0, True)], ids=str)
+@pytest.mark.parametrize("format", [FOUR, Format(3, 16, True), Format(2, 32), Format(8, 0, True)], ids=str)
 @pytest.mark.parametrize("block", [7, 128])
 def test_matches_the_slow_loop(format: Format, block: int) -> None:
     weight, gram = problem()
@@ -77,25 +81,23 @@ def test_output_error_is_never_above_plain_rounding(bits: int, group: int, symme
 
 def test_correlated_inputs_halve_the_error() -> None:
     weight, gram = problem()
-    plain, compensated = (output_error(weight, gram, rounded, Format(3, 32)).sum()
-                          for rounded in (round_to_nearest(weight, Format(3, 32)), gptq(weight, gram, Format(3, 32))))
+    plain, compensated = (output_error(weight, gram, rounded, THREE).sum()
+                          for rounded in (round_to_nearest(weight, THREE), gptq(weight, gram, THREE)))
     assert compensated < 0.5 * plain
 
 
 def test_independent_inputs_are_rounded_to_nearest() -> None:
     weight = problem()[0]
-    for rounded, plain in zip(gptq(weight, torch.eye(80), Format(4, 32)), round_to_nearest(weight, Format(4, 32)),
-                              strict=True):
-        assert torch.equal(rounded, plain)  # type: ignore[arg-type]
+    assert torch.equal(gptq(weight, torch.eye(80), FOUR)[0], round_to_nearest(weight, FOUR)[0])
 
 
 def test_dead_inputs_keep_their_nearest_codes() -> None:
     weight, gram = problem()
     gram[[3, 40]], gram[:, [3, 40]] = 0, 0
-    codes = gptq(weight, gram, Format(4, 32))[0]
-    assert torch.equal(codes[:, [3, 40]], round_to_nearest(weight, Format(4, 32))[0][:, [3, 40]])
-    nothing = gptq(weight, torch.zeros_like(gram), Format(4, 32))[0]
-    assert torch.equal(nothing, round_to_nearest(weight, Format(4, 32))[0])
+    codes = gptq(weight, gram, FOUR)[0]
+    assert torch.equal(codes[:, [3, 40]], round_to_nearest(weight, FOUR)[0][:, [3, 40]])
+    nothing = gptq(weight, torch.zeros_like(gram), FOUR)[0]
+    assert torch.equal(nothing, round_to_nearest(weight, FOUR)[0])
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -103,8 +105,8 @@ def test_singular_gram_without_damping(scale: float) -> None:
     weight = problem()[0]
     x = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
     gram = x.T @ x * scale
-    error = output_error(weight, gram, gptq(weight, gram, Format(3, 32), damping=1e-12), Format(3, 32)).sum()
-    assert error < 0.1 * output_error(weight, gram, round_to_nearest(weight, Format(3, 32)), Format(3, 32)).sum()
+    error = output_error(weight, gram, gptq(weight, gram, THREE, damping=1e-12), THREE).sum()
+    assert error < 0.1 * output_error(weight, gram, round_to_nearest(weight, THREE), THREE).sum()
 
 
 def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
@@ -119,9 +121,10 @@ def test_layers_really_give_closer_outputs() -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(300, 16, generator=generator) @ torch.randn(16, 64, generator=generator)
     x = x + 0.1 * torch.randn(300, 64, generator=generator)
-    weight, format = torch.randn(32, 64, generator=generator), Format(3, 32)
-    rounded = round_to_nearest(weight, format), gptq(weight, x.T @ x, format)
-    plain, compensated = (((PackedLinear.from_codes(*r, format)(x) - x @ weight.T) ** 2).mean() for r in rounded)
+    weight = torch.randn(32, 64, generator=generator)
+    layers = (PackedLinear.from_codes(*rounded, THREE)
+              for rounded in (round_to_nearest(weight, THREE), gptq(weight, x.T @ x, THREE)))
+    plain, compensated = (((layer(x) - x @ weight.T) ** 2).mean() for layer in layers)
     assert compensated < 0.3 * plain
 
 
