@@ -14,7 +14,6 @@ from layerwise.spec import Format
 from layerwise.transform.gptq import gptq, inverse_factor, output_error
 from layerwise.transform.rounding import Rounded, round_to_nearest
 
-
 FOUR, THREE = Format(4, 32), Format(3, 32)
 
 
