@@ -62,7 +62,8 @@ class Stack(ABC):
         return len(self.spec.rows)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name}: {len(self)} layers, {self.spec.parameters() / 1e6:.1f}M parameters>"
+        size = f"{len(self)} layers, {self.spec.parameters() / 1e6:.1f}M parameters"
+        return f"<{type(self).__name__} {self.name}: {size}>"
 
     # running -----------------------------------------------------------------------------------
 
@@ -89,13 +90,15 @@ class Stack(ABC):
         first = state.layer if layers.start is None else layers.start
         last = len(self) if layers.stop is None else layers.stop
         if layers.step not in (None, 1) or not 0 <= first <= len(self) or not 0 <= last <= len(self):
-            raise BadOption(f"layers={layers}", expected=f"a plain slice within 0..{len(self)}", do="count layers from 0")
+            raise BadOption(f"layers={layers}", expected=f"a plain slice within 0..{len(self)}",
+                            do="count layers from 0")
         return first, max(first, last)
 
     def index(self, layer: int) -> int:
         """`layer` itself. Raises BadOption outside the table."""
         if not 0 <= layer < len(self):
-            raise BadOption(f"layer {layer}", expected=f"a layer within 0..{len(self) - 1}", do="count layers from 0")
+            raise BadOption(f"layer {layer}", expected=f"a layer within 0..{len(self) - 1}",
+                            do="count layers from 0")
         return layer
 
     # layers ------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ class Stack(ABC):
 
     @abstractmethod
     def module(self, layer: int, site: Site) -> nn.Module:
-        """The module whose input ("input") or output (the rest) is that site. Raises BadOption if there is none."""
+        """The module whose input ("input") or output (the rest) is that site. BadOption if there is none."""
 
     @property
     @abstractmethod
@@ -137,12 +140,14 @@ class Stack(ABC):
                 handle.remove()
 
     def _watch(self, seen: Seen, layer: int, site: Site) -> Any:
+        def keep(value: Any) -> None:
+            seen[layer, site] = first_tensor(value)
+
         module = self.module(layer, site)
         if site == "input":
             return module.register_forward_pre_hook(
-                lambda _, args, kwargs: seen.__setitem__((layer, site), first_tensor((*args, *kwargs.values()))),
-                with_kwargs=True)
-        return module.register_forward_hook(lambda _, __, out: seen.__setitem__((layer, site), first_tensor(out)))
+                lambda _, args, kwargs: keep((*args, *kwargs.values())), with_kwargs=True)
+        return module.register_forward_hook(lambda _, __, out: keep(out))
 
     @contextmanager
     def edit(self, layer: int, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -152,7 +157,8 @@ class Stack(ABC):
             handle = module.register_forward_pre_hook(
                 lambda _, args, kwargs: change_call(args, kwargs, change), with_kwargs=True)
         else:
-            handle = module.register_forward_hook(lambda _, __, out: replace_first(out, change(first_tensor(out))))
+            handle = module.register_forward_hook(
+                lambda _, __, out: replace_first(out, change(first_tensor(out))))
         try:
             yield
         finally:
@@ -175,7 +181,7 @@ class Stack(ABC):
 
     def patch(self, layer: int, site: Site, value: Tensor,
               positions: slice = slice(None)) -> AbstractContextManager[None]:
-        """Put `value` at the given positions (axis 1) of one site, for example a tensor captured in another run."""
+        """Put `value` at the given positions (axis 1) of one site, such as one captured in another run."""
         def change(x: Tensor) -> Tensor:
             patched = x.clone()
             patched[:, positions] = value.to(x)
@@ -199,7 +205,8 @@ def first_tensor(value: Any) -> Tensor:
         if isinstance(item, Tensor):
             return item
     raise BadOption(f"a layer that returns {type(value).__name__} without a tensor",
-                    expected="a tensor, or a tuple or dict with one", do="wrap the layer so that it returns a tensor")
+                    expected="a tensor, or a tuple or dict with one",
+                    do="wrap the layer so that it returns a tensor")
 
 
 def replace_first(value: Any, new: Tensor) -> Any:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from layerwise.io.tokenizer import Tokenizer
 
 Caches = dict[int, LayerCache]
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
-         "_forward_hooks_always_called")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
+         "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 class DecoderStack(Stack):
@@ -142,11 +142,13 @@ class DecoderStack(Stack):
         return DecoderStack(decoder.eval(), name=self.name, tokenizer=self.tokenizer)
 
     def copied(self, dtype: torch.dtype | None = None) -> DecoderStack:
-        """A resident copy that shares nothing, its dense weights in `dtype`; for training, or another device."""
+        """A resident copy, nothing shared, dense weights in `dtype`: for training or another device."""
         blocks = [copy.deepcopy(self.block(layer)).to(dtype=dtype) for layer in range(len(self))]
         rest = copy.deepcopy(self.decoder, {id(self.decoder.layers): nn.ModuleList()}).to(dtype=dtype)
         rest.layers = nn.ModuleList(blocks)
-        rest.spec = self.spec if dtype is None else replace(self.spec, dtype=str(dtype).removeprefix("torch."))
+        if dtype is not None:
+            name: Any = str(dtype).removeprefix("torch.")
+            rest.spec = replace(self.spec, dtype=name)
         return DecoderStack(rest, name=self.name, tokenizer=self.tokenizer)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -178,7 +180,7 @@ class DecoderStack(Stack):
 
 def load(decoder_spec: StackSpec, weights: Weights, *, stream: bool, device: torch.device | None = None,
          dtype: torch.dtype | None = None) -> Decoder:
-    """A decoder whose tensors are the (memory-mapped) tensors of `weights`; with `stream`, only the outside ones."""
+    """A decoder whose tensors are those of `weights`; with `stream`, only those outside layers."""
     with torch.device("meta"):
         decoder = Decoder(decoder_spec)
     _assign(decoder, weights.outside(), device, dtype)

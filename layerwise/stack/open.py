@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,15 +18,17 @@ from layerwise.stack.module import ModuleStack
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def open(source: str | Path | nn.Module, *, dtype: str | None = None, device: str | torch.device | None = None,
-         stream: bool | None = None, blocks: Callable[[nn.Module], bool] | None = None) -> Stack:
+def open(source: str | Path | nn.Module, *, dtype: str | None = None,
+         device: str | torch.device | None = None, stream: bool | None = None,
+         blocks: Callable[[nn.Module], bool] | Sequence[str] | None = None) -> Stack:
     """Open a model to its layers.
 
     `source` is a Hugging Face folder or hub id, a `.gguf` file, a saved layer-table folder, the name of a
     demo model (`smollm2`, `gemma3-270m`), or any `torch.nn.Module`. Weights are memory-mapped: a layer is
     read when it first runs. `stream` reads layers from disk every time they run and keeps none; by default
     it is chosen when the stored weights exceed four fifths of the free memory. `dtype` is the stored one
-    unless given. `blocks` picks the layers of a module where the longest repeated list is not what is meant.
+    unless given. `blocks` names the layers of a module, or tests for them, where the lists of repeated
+    blocks in it are not what is meant.
 
     Raises BadFile, BadModel, or UnknownName, each saying what to do.
     """
@@ -47,5 +49,6 @@ def _with_dtype(spec: StackSpec, dtype: str) -> StackSpec:
 
     from layerwise.errors import BadOption
     if dtype not in DTYPES:
-        raise BadOption(f"dtype={dtype!r}", expected=f"one of {sorted(DTYPES)}", do="leave it out to keep the stored one")
+        raise BadOption(f"dtype={dtype!r}", expected=f"one of {sorted(DTYPES)}",
+                        do="leave it out to keep the stored one")
     return replace(spec, dtype=dtype)  # type: ignore[arg-type]

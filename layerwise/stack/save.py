@@ -29,8 +29,10 @@ def save_stack(stack: DecoderStack, folder: Path) -> Path:
         allowed = 1e-3 * float(expected_BTV.abs().max())
         if not difference <= allowed:
             raise BadFile(f"the re-opened copy of {stack.name}: logits differ by {difference:.3g}",
-                          expected=f"at most {allowed:.3g}", do="report this with the layer table; nothing was written")
+                          expected=f"at most {allowed:.3g}",
+                          do="report this with the layer table; nothing was written")
 
-    save(folder, stack.spec, stack.tensors(), assets=stack.tokenizer.folder if stack.tokenizer else None, check=check)
+    assets = stack.tokenizer.folder if stack.tokenizer else None
+    save(folder, stack.spec, stack.tensors(), assets=assets, check=check)
     stack.folder = folder
     return folder
