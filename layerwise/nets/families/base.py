@@ -5,13 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from layerwise.errors import BadModel
 from layerwise.spec import Attention, LayerSpec, Rope, StackSpec
 
 Config = Mapping[str, Any]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh", "relu": "relu"}
+TO_CONFIG = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+AS_MODULE = "open the model as a module: layerwise.open(AutoModelForCausalLM.from_pretrained(...))"
 
 
 @dataclass(frozen=True)
@@ -36,15 +42,23 @@ class Family(ABC):
 
     @abstractmethod
     def spec(self, config: Config) -> StackSpec:
-        """The table for a `config.json`. Raises BadModel where the configuration asks for what we do not run."""
+        """The table for a `config.json`. Raises BadModel where it asks for what we do not run."""
 
     @abstractmethod
     def config(self, spec: StackSpec) -> dict[str, Any]:
-        """The inverse of `spec`. Raises BadModel where the rows cannot be said in this family's configuration."""
+        """The inverse of `spec`. Raises BadModel where the family's configuration cannot say the rows."""
 
     @abstractmethod
     def links(self, spec: StackSpec) -> Iterator[Link]:
         """Where every tensor of the dense decoder is found in a checkpoint of this family."""
+
+
+def read_activation(config: Config, key: str, default: str) -> Activation:
+    """The activation that a configuration names. Raises BadModel where we do not have it."""
+    name = config.get(key) or default
+    if name not in ACTIVATIONS:
+        raise BadModel(f"{key} {name!r}", expected=f"one of {', '.join(ACTIVATIONS)}", do=AS_MODULE)
+    return ACTIVATIONS[name]
 
 
 def read_rope(config: Config, theta: float = 10_000.0) -> Rope:
@@ -52,16 +66,20 @@ def read_rope(config: Config, theta: float = 10_000.0) -> Rope:
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = given.get("rope_type", given.get("type", "default"))
     theta = given.get("rope_theta") or config.get("rope_theta") or theta
+    part = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if part != 1.0:
+        raise BadModel(f"rotary embedding on {part:.0%} of each head", expected="on all of it", do=AS_MODULE)
     if kind == "default":
         return Rope(theta=theta)
     if kind == "linear":
         return Rope(theta=theta, kind="linear", factor=given["factor"])
     if kind == "llama3":
         return Rope(theta=theta, kind="llama3", factor=given["factor"],
-                    low_frequency_factor=given["low_freq_factor"], high_frequency_factor=given["high_freq_factor"],
+                    low_frequency_factor=given["low_freq_factor"],
+                    high_frequency_factor=given["high_freq_factor"],
                     original_context=given["original_max_position_embeddings"])
     raise BadModel(f"rotary scaling {kind!r}", expected="default, linear or llama3",
-                   do="open the model as a module: layerwise.open(AutoModelForCausalLM.from_pretrained(...))")
+                   do=AS_MODULE)
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -70,7 +88,8 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     if rope.kind != "default":
         entry["factor"] = rope.factor
     if rope.kind == "llama3":
-        entry |= {"low_freq_factor": rope.low_frequency_factor, "high_freq_factor": rope.high_frequency_factor,
+        entry |= {"low_freq_factor": rope.low_frequency_factor,
+                  "high_freq_factor": rope.high_frequency_factor,
                   "original_max_position_embeddings": rope.original_context}
     return entry
 
@@ -79,7 +98,8 @@ def read_dtype(config: Config) -> Any:
     """The stored dtype's name; float32 where the configuration names none."""
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
-        raise BadModel(f"weights of dtype {dtype!r}", expected=f"one of {DTYPES}", do="convert the checkpoint first")
+        raise BadModel(f"weights of dtype {dtype!r}", expected=f"one of {DTYPES}",
+                       do="convert the checkpoint first")
     return dtype
 
 
@@ -89,7 +109,7 @@ def uniform_row(spec: StackSpec) -> LayerSpec:
 
 
 def uniform(spec: StackSpec, key: Any) -> LayerSpec:
-    """The first row; raises BadModel unless `key(row)` is equal for all rows, both halves are there, none packed."""
+    """The first row; raises BadModel unless `key(row)` is equal for all rows, which are whole and dense."""
     if not spec.rows:
         raise not_uniform(spec, "it has no layers")
     first = spec.rows[0]

@@ -1,12 +1,12 @@
-"""Gemma 3 (text): scaled embeddings, norms around both halves, mostly sliding layers with their own rotation."""
+"""Gemma 3 (text): scaled embeddings, norms around both halves, mostly sliding layers, their own rotation."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from layerwise.nets.families.base import Config, read_rope, uniform, write_rope
-from layerwise.nets.families.llama import ACTIVATIONS, LAYER_NAMES, Llama, common_config, table
+from layerwise.nets.families.base import Config, read_activation, read_rope, uniform, write_rope
+from layerwise.nets.families.llama import LAYER_NAMES, Llama, common_config, table
 from layerwise.nets.families.qwen2 import window_config
 from layerwise.spec import Attention, FeedForward, LayerSpec, Norm, Rope, StackSpec
 
@@ -23,8 +23,9 @@ class Gemma3(Llama):
     def spec(self, config: Config) -> StackSpec:
         rows = [self.row(config, layer) for layer in range(config["num_hidden_layers"])]
         spec = table(self, config, rows)
-        own = {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation",
-               "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"}
+        own = {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+               "hidden_activation", "rope_local_base_freq", "sliding_window_pattern",
+               "_sliding_window_pattern"}
         extras = {key: value for key, value in spec.extras.items() if key not in own}
         return replace(spec, extras=extras, embedding_scale=config["hidden_size"] ** 0.5,
                        tied=bool(config.get("tie_word_embeddings", True)))
@@ -35,14 +36,15 @@ class Gemma3(Llama):
 
     def attention(self, config: Config, layer: int) -> Attention:
         slides = layer_types(config)[layer] == "sliding_attention"
-        return replace(super().attention(config | {"rope_parameters": None, "rope_scaling": None}, layer),
+        unrotated = {**config, "rope_parameters": None, "rope_scaling": None}
+        return replace(super().attention(unrotated, layer),
                        window=config["sliding_window"] if slides else None, qk_norm=True,
                        scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
                        softcap=config.get("attn_logit_softcapping"), rope=rotation(config, slides))
 
     def feed_forward(self, config: Config, layer: int) -> FeedForward:
-        name = config.get("hidden_activation", "gelu_pytorch_tanh")
-        return FeedForward(width=config["intermediate_size"], activation=ACTIVATIONS[name])  # type: ignore[arg-type]
+        return FeedForward(width=config["intermediate_size"],
+                           activation=read_activation(config, "hidden_activation", "gelu_pytorch_tanh"))
 
     def config(self, spec: StackSpec) -> dict[str, Any]:
         row = uniform(spec, _without_span)

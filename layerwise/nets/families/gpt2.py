@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from layerwise.nets.families.base import Config, Family, Link, read_dtype, uniform_row
-from layerwise.nets.families.llama import ACTIVATIONS, TO_CONFIG
+from layerwise.errors import BadModel
+from layerwise.nets.families.base import (
+    AS_MODULE,
+    TO_CONFIG,
+    Config,
+    Family,
+    Link,
+    read_activation,
+    read_dtype,
+    uniform_row,
+)
 from layerwise.spec import Attention, FeedForward, LayerSpec, Norm, StackSpec
 
 OWN = {"architectures", "model_type", "n_layer", "n_embd", "n_head", "n_inner", "n_positions", "vocab_size",
@@ -19,12 +28,15 @@ class GPT2(Family):
     architecture = "GPT2LMHeadModel"
 
     def spec(self, config: Config) -> StackSpec:
+        if config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True):
+            raise BadModel("a GPT-2 with attention scaled in its own way", expected="1 / sqrt(head width)",
+                           do=AS_MODULE)
         hidden, heads = config["n_embd"], config["n_head"]
         norm = Norm(kind="layer", eps=config.get("layer_norm_epsilon", 1e-5))
         attention = Attention(heads, heads, hidden // heads, rope=None, qkv_bias=True, out_bias=True)
         feed_forward = FeedForward(
             config.get("n_inner") or 4 * hidden, gated=False, bias=True,
-            activation=ACTIVATIONS[config.get("activation_function", "gelu_new")])  # type: ignore[arg-type]
+            activation=read_activation(config, "activation_function", "gelu_new"))
         return StackSpec(
             family=self.model_type, hidden=hidden, vocabulary=config["vocab_size"],
             rows=(LayerSpec(attention, feed_forward, norm),) * config["n_layer"],
@@ -36,13 +48,14 @@ class GPT2(Family):
         row = uniform_row(spec)
         attention, feed_forward = row.mixer, row.feed_forward
         assert isinstance(attention, Attention) and feed_forward is not None
-        activation = "gelu_new" if feed_forward.activation == "gelu_tanh" else TO_CONFIG[feed_forward.activation]
+        name = feed_forward.activation
+        activation = "gelu_new" if name == "gelu_tanh" else TO_CONFIG[name]
         return dict(spec.extras) | {
             "architectures": [self.architecture], "model_type": self.model_type, "dtype": spec.dtype,
             "n_layer": len(spec.rows), "n_embd": spec.hidden, "n_head": attention.heads,
-            "n_inner": feed_forward.width, "n_positions": spec.learned_positions, "vocab_size": spec.vocabulary,
-            "layer_norm_epsilon": row.norm.eps, "activation_function": activation,
-            "tie_word_embeddings": spec.tied}
+            "n_inner": feed_forward.width, "n_positions": spec.learned_positions,
+            "vocab_size": spec.vocabulary, "layer_norm_epsilon": row.norm.eps,
+            "activation_function": activation, "tie_word_embeddings": spec.tied}
 
     def links(self, spec: StackSpec) -> Iterator[Link]:
         yield Link("embedding.weight", "transformer.wte.weight")

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from layerwise.nets.families.base import Config, Family, Link, read_dtype, read_rope, uniform_row, write_rope
+from layerwise.nets.families.base import (
+    TO_CONFIG,
+    Config,
+    Family,
+    Link,
+    read_activation,
+    read_dtype,
+    read_rope,
+    uniform_row,
+    write_rope,
+)
 from layerwise.spec import Attention, FeedForward, LayerSpec, Norm, StackSpec
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
-               "gelu_new": "gelu_tanh", "relu": "relu"}
-TO_CONFIG = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 LAYER_NAMES = {
     "attention.norm.weight": "input_layernorm.weight",
     "attention.body.q": "self_attn.q_proj",
@@ -48,7 +55,7 @@ class Llama(Family):
 
     def feed_forward(self, config: Config, layer: int) -> FeedForward:
         return FeedForward(width=config["intermediate_size"], bias=bool(config.get("mlp_bias", False)),
-                           activation=ACTIVATIONS[config.get("hidden_act", "silu")])  # type: ignore[arg-type]
+                           activation=read_activation(config, "hidden_act", "silu"))
 
     def config(self, spec: StackSpec) -> dict[str, Any]:
         row = uniform_row(spec)
@@ -72,13 +79,14 @@ class Llama(Family):
 
 def table(family: Family, config: Config, rows: list[LayerSpec]) -> StackSpec:
     """The stack around `rows`, with everything the layers do not need kept in `extras`."""
-    used = {"architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "torch_dtype",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "dtype",
-            "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "max_position_embeddings",
-            "transformers_version", "attention_bias", "mlp_bias", "hidden_act", "layer_types", "sliding_window",
-            "use_sliding_window", "max_window_layers"}
+    used = {"architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size",
+            "torch_dtype", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+            "rms_norm_eps", "dtype", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
+            "max_position_embeddings", "transformers_version", "attention_bias", "mlp_bias", "hidden_act",
+            "layer_types", "sliding_window", "use_sliding_window", "max_window_layers"}
     return StackSpec(
-        family=family.model_type, hidden=config["hidden_size"], vocabulary=config["vocab_size"], rows=tuple(rows),
+        family=family.model_type, hidden=config["hidden_size"], vocabulary=config["vocab_size"],
+        rows=tuple(rows),
         tied=bool(config.get("tie_word_embeddings", False)), dtype=read_dtype(config),
         context=config.get("max_position_embeddings", 2048), final_norm=rows[0].norm if rows else Norm(),
         logit_softcap=config.get("final_logit_softcapping"),

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with a routed mixture of experts in every layer, one tensor an expert in the checkpoint."""
+"""Mixtral: Mistral with routed experts in every layer, stored as one tensor an expert."""
 
 from __future__ import annotations
 
