@@ -1,0 +1,27 @@
+"""Measuring what each layer does, as columns beside the table: `layerwise.measure(stack, data, instruments)`.
+
+One instrument per file. Forward instruments share one pass over the data, gradient instruments one backward,
+interventions one walk along cached prefixes; the rest read a layer's row and weights.
+"""
+
+from layerwise._callable import make_callable
+from layerwise.registry import Registry
+
+INSTRUMENTS = Registry("instrument", {
+    "angular-distance": "layerwise.measure.angular_distance:AngularDistance",
+    "block-influence": "layerwise.measure.block_influence:BlockInfluence",
+    "contribution-cosine": "layerwise.measure.contribution_cosine:ContributionCosine",
+    "cost": "layerwise.measure.cost:Cost",
+    "leave-one-out": "layerwise.measure.leave_one_out:LeaveOneOut",
+    "lim": "layerwise.measure.lim:LayerInputModification",
+    "logit-lens-kl": "layerwise.measure.logit_lens_kl:LogitLensKL",
+    "logit-lens-overlap": "layerwise.measure.logit_lens_overlap:LogitLensOverlap",
+    "quantization-sensitivity": "layerwise.measure.quantization_sensitivity:QuantizationSensitivity",
+    "relative-contribution": "layerwise.measure.relative_contribution:RelativeContribution",
+    "taylor": "layerwise.measure.taylor:Taylor",
+    "weight-l1": "layerwise.measure.weight_magnitude:WeightL1",
+    "weight-l2": "layerwise.measure.weight_magnitude:WeightL2",
+    "zd": "layerwise.measure.zd:ZScoreDistribution",
+})
+
+make_callable(__name__, "layerwise.measure.engine:measure")

@@ -1,0 +1,121 @@
+"""The one backward that all gradient instruments share, layer by layer from the top.
+
+Every layer's input is kept from one forward pass; going down, a layer runs again with gradients on, for all
+batches, and its gradients are summed in float32 with their signs. So gradients of one layer are in memory at
+a time, whatever the size of the model; the kept inputs take tokens x hidden x layers.
+
+Shapes: B rows, T tokens, C hidden width, P positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise.errors import BadData, BadModel, BadOption
+from layerwise.measure.base import Gradient
+from layerwise.measure.ending import CHUNK
+from layerwise.measure.inputs import Input, Inputs
+from layerwise.measure.progress import Progress
+from layerwise.measure.sample import predicted
+from layerwise.measure.scores import Column
+from layerwise.nets.packed import PackedMatrix
+from layerwise.stack.base import Stack, State
+
+
+def backward_pass(stack: Stack, inputs: Inputs, instruments: Sequence[Gradient],
+                  progress: Progress) -> list[tuple[Column, ...]]:
+    """The columns of every instrument, from the gradient of the mean next-token loss over all data.
+
+    Raises BadOption for packed layers, which have no gradient, BadModel where the gradient is not finite.
+    """
+    items = list(inputs)
+    trails = [_trail(stack, item, progress) for item in items]
+    count = sum(_places(item).numel() for item in items)
+    if not count:
+        raise BadData("texts of one token", expected="at least two tokens in a row", do="give longer texts")
+    arriving = [_loss_gradient(stack, item, trail[-1], count)
+                for item, trail in zip(items, trails, strict=True)]
+    values: list[list[float]] = [[] for _ in instruments]
+    for layer in reversed(range(len(stack))):
+        weights, gradients = _layer(stack, layer, trails, arriving, progress)
+        for value, instrument in zip(values, instruments, strict=True):
+            value.append(instrument.of(weights, gradients))
+    return [(instrument.column("", reversed(value)),)
+            for instrument, value in zip(instruments, values, strict=True)]
+
+
+def _trail(stack: Stack, item: Input, progress: Progress) -> list[State]:
+    """The states entering every layer, and the one that leaves the last."""
+    trail = [item.start(stack)]
+    for layer in range(len(stack)):
+        trail.append(stack.run(trail[-1], slice(layer, layer + 1)))
+        progress.step()
+    return trail
+
+
+def _places(item: Input) -> Tensor:
+    """Positions with a next token, as indices into the flattened [B, T]."""
+    assert item.tokens_BT is not None
+    return predicted(item.tokens_BT, item.mask_BT).flatten().nonzero()[:, 0]
+
+
+def _loss_gradient(stack: Stack, item: Input, last: State, count: int) -> Tensor:
+    """Gradient of this batch's part of the mean loss with respect to the last hidden states, [B, T, C]."""
+    assert item.tokens_BT is not None
+    targets_N = item.tokens_BT.flatten().roll(-1).to(last.hidden.device)
+    hidden_NC = last.hidden.flatten(0, 1)
+    gradient_NC = torch.zeros_like(hidden_NC)
+    for place_P in _places(item).to(hidden_NC.device).split(max(1, CHUNK // stack.spec.vocabulary)):
+        with torch.enable_grad():
+            rows_PC = hidden_NC[place_P].requires_grad_()
+            logits_1PV: Tensor = stack.finish(last.moved(rows_PC[None], len(stack)))
+            loss = F.cross_entropy(logits_1PV[0].float(), targets_N[place_P], reduction="sum") / count
+            gradient_NC[place_P] = torch.autograd.grad(loss, rows_PC)[0]
+    return gradient_NC.view_as(last.hidden)
+
+
+def _layer(stack: Stack, layer: int, trails: list[list[State]], arriving: list[Tensor],
+           progress: Progress) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Weights of a layer and their gradients over all batches; `arriving` moves to below the layer."""
+    block = stack.block(layer)
+    if any(isinstance(module, PackedMatrix) for module in block.modules()):
+        raise BadOption(f"gradients of layer {layer}, whose matrices are packed integers",
+                        expected="dense weights", do="measure the model before it is quantized")
+    with _learning(block) as weights:
+        sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        for batch, trail in enumerate(trails):
+            state = trail[layer]
+            with torch.enable_grad():
+                x_BTC = state.hidden.detach().requires_grad_()
+                y_BTC = stack.run(state.moved(x_BTC, layer), slice(layer, layer + 1)).hidden
+                found = torch.autograd.grad(y_BTC, [x_BTC, *weights.values()], arriving[batch],
+                                            allow_unused=True)
+            arriving[batch] = found[0] if found[0] is not None else torch.zeros_like(x_BTC)
+            for name, gradient in zip(sums, found[1:], strict=True):
+                if gradient is not None:
+                    sums[name] += gradient.float()
+            if not bool(torch.isfinite(arriving[batch].sum(dtype=torch.float32))):
+                raise BadModel(f"gradients below layer {layer} are NaN or infinite, first in batch {batch}",
+                               expected="finite gradients",
+                               do="compute in float32: open(..., dtype='float32')")
+            progress.step(2)
+        return {name: weight.detach() for name, weight in weights.items()}, sums
+
+
+@contextmanager
+def _learning(block: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """The block's floating parameters with gradients on, while the context lasts."""
+    weights = {name: weight for name, weight in block.named_parameters() if weight.is_floating_point()}
+    before = {name: weight.requires_grad for name, weight in weights.items()}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        yield weights
+    finally:
+        for name, weight in weights.items():
+            weight.requires_grad_(before[name])

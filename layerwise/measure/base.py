@@ -1,0 +1,183 @@
+"""What an instrument is: parameters in a frozen dataclass, one formula, and what the engine must show it.
+
+    Forward        reduces activations as they stream by; all of them share one pass
+    PerLayer       reads one layer's row and weights; needs no data
+    Gradient       reads weights beside the gradient of the loss; all of them share one backward
+    Intervention   tries alternatives for a layer and compares the model's output
+
+Parameters (the instrument), running state (a tally) and results (columns) are three objects: nothing that is
+learned is stored on the instrument. Hooks, devices and progress belong to the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from torch import Tensor, nn
+
+from layerwise.measure.ending import Ending
+from layerwise.measure.scores import Column, Direction
+from layerwise.measure.seen import Seen
+from layerwise.measure.tally import Means
+from layerwise.spec import StackSpec
+from layerwise.stack.base import Stack
+
+Site = Literal["input", "output", "attention", "feed_forward", "lens"]
+T = TypeVar("T")
+
+
+class Instrument(ABC):
+    """Base of every instrument; subclasses are frozen dataclasses whose fields are plain parameters."""
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    important: ClassVar[Direction | None]
+    about: ClassVar[str]
+
+    @property
+    def label(self) -> str:
+        """The first part of this instrument's column names."""
+        return self.name
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """Column suffix to unit, one entry per column; the suffix "" is the label alone."""
+        return {"": self.unit}
+
+    def column(self, part: str, values: Iterable[float],
+               outside: Mapping[str, float] | None = None) -> Column:
+        """The column of one part."""
+        name = f"{self.label}:{part}" if part else self.label
+        return Column(name, tuple(values), self.parts[part], self.important, self.about, dict(outside or {}))
+
+    def columns(self) -> list[str]:
+        """The names of the columns this instrument makes."""
+        return [f"{self.label}:{part}" if part else self.label for part in self.parts]
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and parameters as plain values."""
+        parameters: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {"name": self.name, **json.loads(json.dumps(parameters))}
+
+
+class Forward(Instrument, Generic[T]):
+    """Reduces what streams by at its `sites`; the tally of type T is its running state.
+
+    "lens" shows the model's prediction read off the residual stream at each layer's input, on a sample of
+    positions; it is not combined with other sites. `reach` says how many layers back an input is needed.
+    """
+
+    sites: ClassVar[frozenset[Site]]
+
+    @property
+    def reach(self) -> int:
+        return 0
+
+    @abstractmethod
+    def start(self, spec: StackSpec) -> T:
+        """An empty tally. Raises BadOption where the parameters do not fit the model."""
+
+    @abstractmethod
+    def update(self, tally: T, layer: int, seen: Seen) -> None:
+        """Add what one batch showed at one layer."""
+
+    @abstractmethod
+    def merge(self, a: T, b: T) -> T:
+        """The tally of both, leaving its inputs alone."""
+
+    @abstractmethod
+    def finish(self, tally: T) -> tuple[Column, ...]:
+        """The columns."""
+
+
+class TokenMean(Forward[Means]):
+    """A forward instrument that is the mean of values per token, taken over real tokens in float64."""
+
+    @abstractmethod
+    def values(self, seen: Seen) -> Mapping[str, Tensor]:
+        """Part to values [B, T]; nan where a token says nothing."""
+
+    def start(self, spec: StackSpec) -> Means:
+        return Means.empty(self.parts, len(spec.rows))
+
+    def update(self, tally: Means, layer: int, seen: Seen) -> None:
+        if layer >= self.reach:
+            for part, values_BT in self.values(seen).items():
+                tally.add(part, layer - self.reach, values_BT, seen.mask_BT)
+
+    def merge(self, a: Means, b: Means) -> Means:
+        return a + b
+
+    def finish(self, tally: Means) -> tuple[Column, ...]:
+        return tuple(self.column(part, tally.mean(part)) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a module calls one of its layers: `run` does it again, `hidden` is the tensor that enters."""
+
+    run: Callable[[], object]
+    hidden: Tensor
+
+
+class PerLayer(Instrument):
+    """Reads one layer at a time: its row, its weights, or the time it takes."""
+
+    @abstractmethod
+    def of(self, stack: Stack, layer: int, call: Call | None) -> Mapping[str, float]:
+        """Part to value. `call` runs a module's layer on the first batch, None for a decoder."""
+
+
+class Gradient(Instrument):
+    """Compares weights with the gradient of the mean next-token loss over all data."""
+
+    @abstractmethod
+    def of(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
+        """The value of one layer; `gradients` are float32, summed over batches with their signs."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One alternative: where (a layer, "embedding" or "head") and which (the part of the column it fills)."""
+
+    place: int | str
+    part: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.place}/{self.part}"
+
+
+class Intervention(Instrument):
+    """Tries alternatives and compares the output with the original's at `tokens` positions of every row.
+
+    Layers after the change run on all tokens; the head runs only at the sampled positions.
+    """
+
+    tokens: int | None
+
+    @abstractmethod
+    def trials(self, stack: Stack) -> list[Trial]:
+        """Everything to try. Raises BadOption where the model has nothing of the kind."""
+
+    @abstractmethod
+    def alternative(self, stack: Stack, trial: Trial) -> nn.Module | Stack:
+        """The block to run in the layer's place; for a place outside the layers, the changed stack."""
+
+    @abstractmethod
+    def score(self, original: Ending, changed: Ending) -> float:
+        """How far the changed output is from the original."""
+
+    def finish(self, layers: int, values: Mapping[Trial, float]) -> tuple[Column, ...]:
+        """The columns, from the score of every trial."""
+        places = sorted({trial.place for trial in values if isinstance(trial.place, str)})
+        return tuple(self.column(
+            part, (values.get(Trial(layer, part), math.nan) for layer in range(layers)),
+            {place: values[Trial(place, part)] for place in places if Trial(place, part) in values},
+        ) for part in self.parts if any(trial.part == part for trial in values))

@@ -1,0 +1,102 @@
+"""What a layer costs: parameters, stored bytes, operations per token, and measured time.
+
+Parameters, bytes and operations follow from the row; times are medians on this machine after a warm-up.
+Operations count a multiplication and an addition as two; attention counts the keys that an average token of
+a prompt of `prompt` tokens sees. Layers of a module that layerwise did not build are counted and timed on
+the first batch of the data; their decode time is nan.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from layerwise.measure.base import Call, PerLayer
+from layerwise.measure.seen import Vectors
+from layerwise.nets.flow import LayerCache
+from layerwise.spec import Attention, LayerSpec
+from layerwise.stack.base import Stack
+from layerwise.stack.decoder import DecoderStack
+
+
+def flops(row: LayerSpec, hidden: int, prompt: int) -> float:
+    """Operations per token of a prompt of `prompt` tokens: two per weight used, and attention itself."""
+    experts = row.feed_forward.experts if row.feed_forward else 0
+    used = row.feed_forward.experts_per_token / experts if row.feed_forward and experts else 1
+    total = 2.0 * experts * hidden
+    for name, (outputs, inputs) in row.matrices(hidden).items():
+        total += 2 * outputs * inputs * (used if name in ("gate", "up", "down") else 1)
+    if isinstance(row.mixer, Attention):
+        window = row.mixer.window or prompt
+        keys = sum(min(place, window) for place in range(1, prompt + 1)) / prompt
+        total += 4 * row.mixer.heads * row.mixer.head_dim * keys
+    return total
+
+
+@dataclass(frozen=True)
+class Cost(PerLayer):
+    """Columns `parameters`, `bytes`, `flops`, `prefill-ms` and `decode-ms`.
+
+    Prefill is one prompt of `prompt` tokens (at most the context), decode one further token after it.
+    `repeats` measurements follow a warm-up.
+    """
+
+    prompt: int = 512
+    repeats: int = 5
+
+    name: ClassVar[str] = "cost"
+    unit: ClassVar[str] = ""
+    important: ClassVar[None] = None
+    about: ClassVar[str] = "what the layer costs"
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        return {"parameters": "parameters", "bytes": "bytes", "flops": "FLOP/token", "prefill-ms": "ms",
+                "decode-ms": "ms"}
+
+    def of(self, stack: Stack, layer: int, call: Call | None) -> Mapping[str, float]:
+        row, hidden = stack.spec.rows[layer], stack.spec.hidden
+        size = {"parameters": float(row.parameters(hidden)),
+                "bytes": float(row.bytes(hidden, stack.spec.dtype))}
+        if isinstance(stack, DecoderStack):
+            return size | self._decoder(stack, layer)
+        return size | (self._module(stack, call) if call is not None else {})
+
+    def _decoder(self, stack: DecoderStack, layer: int) -> dict[str, float]:
+        prompt = min(self.prompt, stack.spec.context - self.repeats - 1)
+        generator = torch.Generator().manual_seed(0)
+        tokens_1T = torch.randint(stack.spec.vocabulary, (1, prompt), generator=generator)
+        one = slice(layer, layer + 1)
+        state = stack.start(tokens_1T)
+        prefill = self._time(stack, lambda: stack.run(state.moved(state.hidden, layer), one))
+        caches: dict[int, LayerCache] = {}
+        stack.run(stack.start(tokens_1T, caches=caches), one)
+        steps = iter([stack.start(tokens_1T[:, -1:], caches=caches) for _ in range(self.repeats + 1)])
+        decode = self._time(stack, lambda: stack.run(next(steps), one))
+        return {"flops": flops(stack.spec.rows[layer], stack.spec.hidden, prompt),
+                "prefill-ms": prefill, "decode-ms": decode}
+
+    def _module(self, stack: Stack, call: Call) -> dict[str, float]:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            call.run()
+        tokens = math.prod(Vectors(call.hidden).x_BTC.shape[:2])
+        return {"flops": counter.get_total_flops() / tokens, "prefill-ms": self._time(stack, call.run)}
+
+    def _time(self, stack: Stack, call: Callable[[], object]) -> float:
+        """Median milliseconds."""
+        times = []
+        for _ in range(self.repeats + 1):
+            began = time.perf_counter()
+            call()
+            if stack.device.type == "cuda":
+                torch.cuda.synchronize(stack.device)
+            times.append(time.perf_counter() - began)
+        return 1e3 * statistics.median(times[1:])

@@ -1,0 +1,196 @@
+"""`measure`: run instruments on a model, sharing everything that can be shared."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadData, BadOption
+from layerwise.measure import INSTRUMENTS, backward, sweep
+from layerwise.measure.base import Call, Forward, Gradient, Instrument, Intervention, PerLayer
+from layerwise.measure.forward import Pass, forward_pass
+from layerwise.measure.identity import identity
+from layerwise.measure.inputs import Inputs, fingerprint
+from layerwise.measure.journal import Journal
+from layerwise.measure.progress import Progress
+from layerwise.measure.scores import Column, Scores
+from layerwise.stack.base import Stack, first_tensor
+from layerwise.stack.decoder import DecoderStack
+
+VERSION = 1
+"""Raised when a change makes finished trials in old journals wrong."""
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def measure(stack: Stack, data: Any, instruments: str | Instrument | Iterable[str | Instrument], *,
+            seed: int = 0, batch: int | None = None, lens_tokens: int | None = None, progress: bool = True,
+            resume: str | Path | None = None) -> Scores:
+    """Measure every layer of `stack` on `data`.
+
+    `data` is a TextData, a tensor of token ids [N, T], or batches (for modules whatever their forward pass
+    takes); None where no instrument needs data. `instruments` are names in `INSTRUMENTS`, or instances where
+    parameters differ from the defaults.
+
+    `seed` draws the positions at which output is compared. `batch` is the number of rows that run at once.
+    `lens_tokens` positions of every row are read through the lens; None means one in 64, which keeps all
+    forward instruments together within 1.5 forward passes. With `resume`, finished trials of interventions
+    are appended to that file and taken from it when the same measurement starts again.
+
+    Raises UnknownName for an instrument that does not exist, BadOption for one that this model cannot have,
+    BadData for data that is missing, empty or not the model's, BadModel for activations that are not finite.
+    """
+    chosen = resolve(instruments)
+    inputs = None if data is None else Inputs(stack, data, batch)
+    _check(stack, inputs, chosen)
+    model = identity(stack)
+    sample, tokens = ("", 0) if inputs is None else fingerprint(inputs)
+    origin = [VERSION, model, sample, seed, inputs and inputs.size]
+    journals = {instrument: Journal(Path(resume) if resume else None, [*origin, instrument.to_json()])
+                for instrument in chosen if isinstance(instrument, Intervention)}
+    job = _Job(stack, inputs, chosen, seed, lens_tokens, journals)
+    with Progress("measuring", job.steps(), progress) as bar:
+        made = job.run(bar)
+    columns = {column.name: column for instrument in chosen for column in made[instrument]}
+    return Scores(stack.spec, columns, model, {
+        "data": inputs.name if inputs else None, "sample": sample, "tokens": tokens, "seed": seed,
+        "lens_tokens": lens_tokens, "instruments": [instrument.to_json() for instrument in chosen],
+        "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(),
+    })
+
+
+def resolve(instruments: str | Instrument | Iterable[str | Instrument]) -> list[Instrument]:
+    """Names and instances as instances. BadOption for none, or for two that make one column."""
+    given = [instruments] if isinstance(instruments, (str, Instrument)) else list(instruments)
+    chosen: list[Instrument] = [INSTRUMENTS[item]() if isinstance(item, str) else item for item in given]
+    made = Counter(name for instrument in chosen for name in instrument.columns())
+    twice = [name for name, times in made.items() if times > 1]
+    if twice or not chosen:
+        raise BadOption(f"instruments {[instrument.name for instrument in chosen]}",
+                        expected="at least one, each making its own columns",
+                        do=f"leave out one that makes {twice[0]!r}" if twice
+                        else f"name some of {list(INSTRUMENTS)}")
+    return chosen
+
+
+def names(kind: type[Instrument]) -> list[str]:
+    """The registered instruments of one kind, such as all that share the forward pass."""
+    return [name for name in INSTRUMENTS if issubclass(INSTRUMENTS[name], kind)]
+
+
+@dataclass
+class _Job:
+    stack: Stack
+    inputs: Inputs | None
+    chosen: Sequence[Instrument]
+    seed: int
+    lens_tokens: int | None
+    journals: dict[Intervention, Journal]
+
+    def __post_init__(self) -> None:
+        self.forward: list[Forward[Any]] = [i for i in self.chosen if isinstance(i, Forward)]
+        self.per_layer = [i for i in self.chosen if isinstance(i, PerLayer)]
+        self.gradient = [i for i in self.chosen if isinstance(i, Gradient)]
+        self.trying = [i for i in self.chosen if isinstance(i, Intervention)]
+
+    def steps(self) -> int:
+        """Layer runs of everything, for the progress bar."""
+        batches = sum(1 for _ in self.inputs) if self.inputs else 1
+        passes = len(self.stack) * (bool(self.forward) + 3 * bool(self.gradient))
+        return batches * passes + sweep.cost(self.stack, self.trying)
+
+    def run(self, bar: Progress) -> dict[Instrument, tuple[Column, ...]]:
+        made = self._layers(bar)
+        if self.inputs is not None:
+            if self.gradient:
+                columns = backward.backward_pass(self.stack, self.inputs, self.gradient, bar)
+                made |= dict(zip(self.gradient, columns, strict=True))
+            if self.trying:
+                journals = [self.journals[instrument] for instrument in self.trying]
+                columns = sweep.sweep(self.stack, self.inputs, self.trying, journals, seed=self.seed,
+                                      progress=bar)
+                made |= dict(zip(self.trying, columns, strict=True))
+        return made
+
+    def _layers(self, bar: Progress) -> dict[Instrument, tuple[Column, ...]]:
+        """The forward pass, and what reads one layer at a time, in one reading of a streamed model."""
+        values: list[list[Mapping[str, float]]] = [[] for _ in self.per_layer]
+        calls = _calls(self.stack, self.inputs) if self.per_layer else {}
+
+        def read(layer: int) -> None:
+            for value, instrument in zip(values, self.per_layer, strict=True):
+                value.append(instrument.of(self.stack, layer, calls.get(layer)))
+
+        tallies = [instrument.start(self.stack.spec) for instrument in self.forward]
+        together = isinstance(self.stack, DecoderStack) and self.stack.streamed and bool(self.forward)
+        if not together:
+            for layer in range(len(self.stack)):
+                read(layer)
+        if self.forward and self.inputs is not None:
+            wanted = Pass(self.forward, tallies, bar, self.seed, self.lens_tokens)
+            forward_pass(self.stack, self.inputs, wanted, read if together else None)
+        made: dict[Instrument, tuple[Column, ...]] = {
+            instrument: instrument.finish(tally)
+            for instrument, tally in zip(self.forward, tallies, strict=True)}
+        for instrument, value in zip(self.per_layer, values, strict=True):
+            made[instrument] = tuple(instrument.column(part, (found.get(part, math.nan) for found in value))
+                                     for part in instrument.parts)
+        return made
+
+
+def _check(stack: Stack, inputs: Inputs | None, chosen: Sequence[Instrument]) -> None:
+    """Say what this model or data lacks before anything runs."""
+    needing = [instrument for instrument in chosen if not isinstance(instrument, PerLayer)]
+    if needing and inputs is None:
+        raise BadData(f"no data for the instrument {needing[0].name!r}",
+                      expected="text, or batches of the model's input",
+                      do="pass data, for example layerwise.data.text.text_blocks('default', stack.tokenizer)")
+    if isinstance(stack, DecoderStack):
+        return
+    for instrument in needing:
+        if not isinstance(instrument, Forward) or "lens" in instrument.sites:
+            lacking = "the site 'lens'" if isinstance(instrument, Forward) else "the loss of the next token"
+            raise BadOption(f"the instrument {instrument.name!r}, which needs {lacking}, on {stack.name}",
+                            expected="a decoder language model",
+                            do="measure what needs only 'input' and 'output', such as 'block-influence'")
+        _check_halves(stack, instrument)
+
+
+def _check_halves(stack: Stack, instrument: Forward[Any]) -> None:
+    for site in sorted(instrument.sites & {"attention", "feed_forward"}):
+        for layer in range(len(stack)):
+            try:
+                stack.module(layer, site)  # type: ignore[arg-type]
+            except BadOption as error:
+                raise BadOption(f"the instrument {instrument.name!r}, which needs the site {site!r}, on "
+                                f"{stack.name}: {error.given}", expected=error.expected,
+                                do="measure what needs only 'input' and 'output'") from error
+
+
+def _calls(stack: Stack, inputs: Inputs | None) -> dict[int, Call]:
+    """How a module calls each of its layers on the first batch; nothing for a decoder or without data."""
+    if inputs is None or isinstance(stack, DecoderStack):
+        return {}
+    calls: dict[int, Call] = {}
+
+    def watch(layer: int, block: nn.Module) -> Any:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden: Tensor = first_tensor((*args, *kwargs.values()))
+            calls[layer] = Call(lambda: block(*args, **kwargs), hidden)
+        return block.register_forward_pre_hook(look, with_kwargs=True)
+
+    with ExitStack() as hooks:
+        for layer in range(len(stack)):
+            hooks.callback(watch(layer, stack.block(layer)).remove)
+        first = next(iter(inputs))
+        stack(*first.args, **first.kwargs)
+    return calls

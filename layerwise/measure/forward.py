@@ -1,0 +1,205 @@
+"""The one pass that all forward instruments share.
+
+A resident decoder runs batch by batch, so memory does not grow with the data. A streamed one runs layer by
+layer over all batches, so each layer is read from disk once; the hidden states of all batches are kept. Any
+other module runs as it is, and its layers are watched as they go by.
+
+Shapes: B rows, T tokens, C hidden width, P sampled positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadModel
+from layerwise.measure.base import Forward
+from layerwise.measure.ending import CHUNK
+from layerwise.measure.inputs import Input, Inputs
+from layerwise.measure.progress import Progress
+from layerwise.measure.sample import real, sample
+from layerwise.measure.seen import Reading, Seen, Vectors
+from layerwise.stack.base import Site, Stack, State
+from layerwise.stack.decoder import DecoderStack
+
+LENS_SHARE = 64
+"""By default one token in so many is read through the lens, which keeps the head's cost below the layers'."""
+
+HALVES: tuple[Site, ...] = ("attention", "feed_forward")
+BeforeLayer = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass is asked for, and the tallies it fills.
+
+    `lens_tokens` is the number of positions read in every row, None for one in 64.
+    """
+
+    instruments: Sequence[Forward[Any]]
+    tallies: list[Any]
+    progress: Progress
+    seed: int = 0
+    lens_tokens: int | None = None
+
+    @property
+    def halves(self) -> list[Site]:
+        return [site for site in HALVES if any(site in instrument.sites for instrument in self.instruments)]
+
+    @property
+    def lens(self) -> bool:
+        return any("lens" in instrument.sites for instrument in self.instruments)
+
+    @property
+    def reach(self) -> int:
+        return max((instrument.reach for instrument in self.instruments), default=0)
+
+    def show(self, layer: int, seen: Seen, lens: bool = False) -> None:
+        """Let the instruments that look at the lens, or the others, update their tallies."""
+        for instrument, tally in zip(self.instruments, self.tallies, strict=True):
+            if ("lens" in instrument.sites) == lens:
+                instrument.update(tally, layer, seen)
+
+    def places(self, item: Input) -> Tensor | None:
+        """The positions of a batch that the lens reads, as indices into the flattened [B, T]."""
+        if not self.lens or item.tokens_BT is None:
+            return None
+        wanted = self.lens_tokens
+        return sample(item.tokens_BT, real(item.tokens_BT, item.mask_BT),
+                      lambda length: wanted or max(1, length // LENS_SHARE), self.seed)
+
+
+def forward_pass(stack: Stack, inputs: Inputs, wanted: Pass, before_layer: BeforeLayer | None = None) -> None:
+    """Run the data once, filling the tallies. `before_layer` is called once for every layer, in order.
+
+    Raises BadModel where activations are not finite, naming the layer and the first batch.
+    """
+    if not isinstance(stack, DecoderStack):
+        for index, item in enumerate(inputs):
+            _watch_module(stack, index, item, wanted)
+    elif stack.streamed:
+        passages = [Passage(stack, index, item, wanted) for index, item in enumerate(inputs)]
+        _climb(stack, passages, wanted, before_layer)
+    else:
+        for index, item in enumerate(inputs):
+            _climb(stack, [Passage(stack, index, item, wanted)], wanted, before_layer if index == 0 else None)
+
+
+def _climb(stack: Stack, passages: Sequence[Passage], wanted: Pass, before_layer: BeforeLayer | None) -> None:
+    for layer in range(len(stack)):
+        if before_layer:
+            before_layer(layer)
+        for passage in passages:
+            passage.advance(layer)
+            wanted.progress.step()
+    for passage in passages:
+        passage.read_lens()
+
+
+@dataclass
+class View:
+    """What one batch has shown so far."""
+
+    index: int
+    mask_BT: Tensor | None
+    earlier: deque[Vectors]
+
+    def show(self, wanted: Pass, layer: int, sites: dict[str, Vectors]) -> None:
+        """Show one layer to the instruments. Raises BadModel where it put out NaN or infinity."""
+        output = sites["output"]
+        mask_BT = self._fitting(output)
+        squares_BT = output.squares_BT if mask_BT is None else output.squares_BT[mask_BT]
+        if not bool(torch.isfinite(squares_BT.sum())):
+            raise BadModel(f"activations after layer {layer} are NaN or infinite, from batch {self.index} on",
+                           expected="finite activations",
+                           do="check that layer's weights, or compute in float32: open(..., dtype='float32')")
+        wanted.show(layer, Seen(sites, mask_BT, self.earlier))
+        self.earlier.append(sites["input"])
+
+    def _fitting(self, output: Vectors) -> Tensor | None:
+        """The mask, where there is a token for each of its entries."""
+        fits = self.mask_BT is not None and output.x_BTC.shape[:2] == self.mask_BT.shape
+        return self.mask_BT.to(output.x_BTC.device) if fits and self.mask_BT is not None else None
+
+
+@dataclass
+class Passage:
+    """One batch on its way through the layers of a decoder."""
+
+    stack: Stack
+    index: int
+    item: Input
+    wanted: Pass
+    kept_PC: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.state: State = self.item.start(self.stack)
+        self.entering = Vectors(self.state.hidden)
+        self.view = View(self.index, self.item.mask_BT, deque(maxlen=self.wanted.reach))
+        places_P = self.wanted.places(self.item)
+        self.places_P = None if places_P is None else places_P.to(self.state.hidden.device)
+
+    def advance(self, layer: int) -> None:
+        """Run one layer and show it to the instruments."""
+        self._keep()
+        row = self.stack.spec.rows[layer]
+        halves = {"attention": row.mixer, "feed_forward": row.feed_forward}
+        present = [site for site in self.wanted.halves if halves[site] is not None]
+        with self.stack.capture(*present, layers=range(layer, layer + 1)) as captured:
+            self.state = self.stack.run(self.state, slice(layer, layer + 1))
+        sites = {"input": self.entering, "output": Vectors(self.state.hidden)}
+        for site in self.wanted.halves:
+            half = captured.get((layer, site))
+            sites[site] = Vectors(torch.zeros_like(self.entering.tensor) if half is None else half)
+        self.view.show(self.wanted, layer, sites)
+        self.entering = sites["output"]
+
+    def read_lens(self) -> None:
+        """Read what was kept for the lens, against the model's own prediction."""
+        if self.places_P is None:
+            return
+        self._keep()
+        for rows_LPC in _chunks(self.kept_PC, self.stack.spec.vocabulary):
+            final = self._read(rows_LPC[-1])
+            for layer, rows_PC in enumerate(rows_LPC[:-1]):
+                self.wanted.show(layer, Seen({}, lens=(self._read(rows_PC), final)), lens=True)
+
+    def _keep(self) -> None:
+        if self.places_P is not None:
+            self.kept_PC.append(self.state.hidden.flatten(0, 1)[self.places_P])
+
+    def _read(self, rows_PC: Tensor) -> Reading:
+        logits_1PV: Tensor = self.stack.finish(self.state.moved(rows_PC[None], len(self.stack)))
+        return Reading(logits_1PV[0])
+
+
+def _chunks(rows_LPC: list[Tensor], vocabulary: int) -> Iterator[list[Tensor]]:
+    step = max(1, CHUNK // vocabulary)
+    yield from (list(part) for part in zip(*(rows_PC.split(step) for rows_PC in rows_LPC), strict=True))
+
+
+def _watch_module(stack: Stack, index: int, item: Input, wanted: Pass) -> None:
+    """Run a module once; tensors are copied as they pass, since a module may change them in place."""
+    view = View(index, item.mask_BT, deque(maxlen=wanted.reach))
+    sites: dict[str, Vectors] = {}
+
+    def watch(layer: int, site: Site) -> Callable[[Tensor], Tensor]:
+        def look(tensor: Tensor) -> Tensor:
+            sites[site] = Vectors(tensor.detach().clone())
+            if site == "output":
+                view.show(wanted, layer, sites.copy())
+                wanted.progress.step()
+            return tensor
+        return look
+
+    with ExitStack() as watching:
+        for layer in range(len(stack)):
+            for site in ("input", *wanted.halves, "output"):
+                watching.enter_context(stack.edit(layer, site, watch(layer, site)))
+        stack(*item.args, **item.kwargs)

@@ -1,0 +1,109 @@
+"""Data of any form as inputs to a stack, batch by batch, as often as needed.
+
+Shapes: N rows, B rows of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from layerwise.data.batch import Batch, check_tokens
+from layerwise.data.module import Batches, Call, calls
+from layerwise.data.text import TextData
+from layerwise.errors import BadData
+from layerwise.stack.base import Stack, State
+from layerwise.stack.decoder import DecoderStack
+
+TOKENS = 2048
+"""Tokens of a batch where the data leaves the choice: enough for full speed, little memory."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One batch: the call that starts a pass, and for text its tokens and mask (True at real tokens)."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tokens_BT: Tensor | None = None
+    mask_BT: Tensor | None = None
+
+    def start(self, stack: Stack) -> State:
+        return stack.start(*self.args, **self.kwargs)
+
+
+class Inputs:
+    """The batches of `data` for `stack`.
+
+    For a decoder: a TextData, token ids [N, T], or batches as Batch, ids [B, T], (ids, mask) or a mapping
+    with `input_ids` and perhaps `attention_mask`. For a module whatever `layerwise.data.module.calls` takes.
+    `size` is the number of rows in a batch where the data does not say. Raises BadData for no data, or ids
+    that are not the model's.
+    """
+
+    def __init__(self, stack: Stack, data: Any, size: int | None = None) -> None:
+        self.stack, self.size = stack, size
+        self.name = data.name if isinstance(data, TextData) else type(data).__name__
+        if isinstance(data, TextData) and not size:
+            self.size = max(1, TOKENS // data.length)
+        if isinstance(data, Tensor):
+            data = list(data.split(size or _rows(stack, data)))
+        self.data = Batches(data).items if isinstance(data, Iterator) else data
+
+    def __iter__(self) -> Iterator[Input]:
+        items = self._texts() if isinstance(self.stack, DecoderStack) else self._calls()
+        empty = True
+        for item in items:
+            empty = False
+            yield item
+        if empty:
+            raise BadData("data without a batch", expected="at least one batch",
+                          do="check where the data comes from")
+
+    def _texts(self) -> Iterator[Input]:
+        batches = self.data.batches(self.size) if hasattr(self.data, "batches") else map(_batch, self.data)
+        for batch in batches:
+            check_tokens(batch.tokens_BT, self.stack.spec.vocabulary)
+            mask_BT = None if batch.mask_BT is None or bool(batch.mask_BT.all()) else batch.mask_BT.bool()
+            yield Input((batch.tokens_BT, mask_BT), {}, batch.tokens_BT, mask_BT)
+
+    def _calls(self) -> Iterator[Input]:
+        for call in calls(self.data, self.size or 8):
+            mask = call.kwargs.get("attention_mask")
+            yield Input(call.args, call.kwargs, None, mask.bool() if isinstance(mask, Tensor) else None)
+
+
+def fingerprint(inputs: Iterable[Input]) -> tuple[str, int]:
+    """A hash of all tokens and masks, and the number of real tokens; ("", 0) where there are no tokens."""
+    digest, count = hashlib.sha256(), 0
+    for item in inputs:
+        if item.tokens_BT is None:
+            return "", 0
+        tokens_N = item.tokens_BT if item.mask_BT is None else item.tokens_BT[item.mask_BT]
+        digest.update(repr(tuple(item.tokens_BT.shape)).encode() + tokens_N.cpu().numpy().tobytes())
+        count += tokens_N.numel()
+    return digest.hexdigest()[:16], count
+
+
+def _rows(stack: Stack, data: Tensor) -> int:
+    return max(1, TOKENS // data.shape[-1]) if isinstance(stack, DecoderStack) else 8
+
+
+def _batch(item: Any) -> Batch:
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Call):
+        item = item.kwargs or item.args
+    if isinstance(item, Mapping) and "input_ids" in item:
+        item = item["input_ids"], item.get("attention_mask")
+    tokens, mask = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
+    ids = isinstance(tokens, Tensor) and tokens.dim() == 2 and not tokens.is_floating_point()
+    if not ids or not tokens.numel():
+        given = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(item).__name__
+        raise BadData(f"a batch of {given}", expected="token ids, int64 [rows, tokens]",
+                      do="give a TextData, a tensor of token ids, or batches with `input_ids`")
+    return Batch(tokens.long(), None if mask is None else mask.bool())

@@ -1,0 +1,38 @@
+"""How much the loss grows without a layer: mean next-token loss with the layer skipped, minus the original's.
+
+Source: the perplexity ranking of depth pruning (arXiv 2411.15558 and others), as a difference of losses in
+nats; exp(difference) is the ratio of perplexities. Cost: layers^2 / 2 layer runs, half of starting over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from layerwise.measure.base import Intervention, Trial
+from layerwise.measure.ending import Ending
+from layerwise.measure.scores import Direction
+from layerwise.stack.base import Skip, Stack
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Intervention):
+    """Increase of the mean loss at `tokens` positions of every row (None: all) with the layer skipped."""
+
+    tokens: int | None = 128
+
+    name: ClassVar[str] = "leave-one-out"
+    unit: ClassVar[str] = "nats/token"
+    important: ClassVar[Direction] = "high"
+    about: ClassVar[str] = "how much the loss grows when the layer is skipped"
+
+    def trials(self, stack: Stack) -> list[Trial]:
+        return [Trial(layer, "") for layer in range(len(stack))]
+
+    def alternative(self, stack: Stack, trial: Trial) -> nn.Module:
+        return Skip()
+
+    def score(self, original: Ending, changed: Ending) -> float:
+        return changed.loss - original.loss
