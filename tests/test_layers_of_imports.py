@@ -29,6 +29,8 @@ def layout() -> list[str]:
 
 
 ORDER = layout()
+USERS = {"cli", "systems"}
+"""Parts that may use the public namespace, as a user would: nothing it names is above them."""
 
 
 def top(module: str) -> str:
@@ -71,7 +73,9 @@ def test_imports_point_down(module: str) -> None:
     here = ORDER.index(top(module))
     for imported in imports(module, ast.parse(FILES[module].read_text())):
         assert imported in FILES, f"{module} imports {imported}, which does not exist"
-        assert imported != "layerwise", f"{module} imports the public namespace; import from the file itself"
+        if imported == "layerwise":
+            assert top(module) in USERS, f"{module} imports the public namespace; import from the file itself"
+            continue
         assert ORDER.index(top(imported)) >= here, f"{module} imports {imported}, which is above it"
 
 

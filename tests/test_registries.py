@@ -22,11 +22,14 @@ INFRASTRUCTURE = {
     "measure": {
         "backward": "the shared backward pass",
         "base": "the interfaces",
+        "effects": "a matrix of source by target layers, not a column",
         "ending": "the end of a pass, shared by what compares outputs",
         "engine": "runs instruments over data",
         "forward": "the shared forward pass",
+        "identity": "which model was measured",
         "inputs": "data as inputs to a stack",
         "journal": "resuming after a kill",
+        "linear_map": "compares two models, so it is not a column of one",
         "progress": "the progress bar",
         "sample": "which positions are looked at",
         "scores": "the result",
@@ -42,6 +45,8 @@ INFRASTRUCTURE = {
     "systems": {
         "base": "the contract, and running one system by id",
         "catalogue": "reads catalogue.toml",
+        "controls": "controls that several systems share",
+        "text": "texts that several systems share",
     },
     "transform": {
         "base": "the interface",
