@@ -64,18 +64,33 @@ class DecoderStack(Stack):
         """Embed `tokens_BT`. `mask_BT` is True at real tokens and covers cached tokens too, [B, S].
 
         Positions default to the count of real tokens before each token. Pass the same `caches` dict to
-        continue a sequence. Raises BadOption on tokens outside the vocabulary.
+        continue a sequence. Raises BadOption on no tokens, tokens outside the vocabulary, or a mask that does
+        not fit.
         """
         past = next((cache.length for cache in caches.values()), 0) if caches else 0
         tokens_BT = tokens_BT.to(self.device)
+        self._check(tokens_BT, mask_BT, past)
         valid_BS = None if mask_BT is None or bool(mask_BT.all()) else mask_BT.to(self.device, torch.bool)
         if positions_BT is None:
             positions_BT = _positions(tokens_BT, valid_BS, past)
         flow = Flow(positions_BT.to(self.device), valid_BS, caches, past, self.dtype)
-        if past == 0 and (int(tokens_BT.max()) >= self.spec.vocabulary or int(tokens_BT.min()) < 0):
-            raise BadOption(f"token {int(tokens_BT.max())}", expected=f"ids in 0..{self.spec.vocabulary - 1}",
-                            do="use this model's own tokenizer")
         return State(self.decoder.embed(tokens_BT, flow), 0, flow)
+
+    def _check(self, tokens_BT: Tensor, mask_BT: Tensor | None, past: int) -> None:
+        if tokens_BT.dim() != 2 or not tokens_BT.numel():
+            raise BadOption(f"tokens of shape {tuple(tokens_BT.shape)}",
+                            expected="[batch, tokens], at least one token", do="encode some text")
+        wanted = (tokens_BT.shape[0], past + tokens_BT.shape[1])
+        if mask_BT is not None and mask_BT.shape != wanted:
+            raise BadOption(f"a mask of shape {tuple(mask_BT.shape)}",
+                            expected=f"{wanted}, cached tokens included",
+                            do="give the mask of the whole sequence")
+        if past:  # decoding, where the check would make an accelerator wait
+            return
+        for token in (int(tokens_BT.min()), int(tokens_BT.max())):
+            if not 0 <= token < self.spec.vocabulary:
+                raise BadOption(f"token {token}", expected=f"ids in 0..{self.spec.vocabulary - 1}",
+                                do="use this model's own tokenizer")
 
     def run(self, state: State, layers: slice = slice(None)) -> State:
         first, last = self.bounds(state, layers)
