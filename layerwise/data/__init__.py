@@ -3,10 +3,18 @@
 from layerwise.data.batch import Batch, check_tokens, pad
 from layerwise.data.bootstrap import Interval, interval, paired_interval
 from layerwise.data.images import ImageBatch, ImageData
-from layerwise.data.metrics import Losses, agreement, block_losses, kl_divergence, perplexity, token_losses
+from layerwise.data.metrics import (
+    Losses,
+    agreement,
+    block_losses,
+    hidden_losses,
+    kl_divergence,
+    perplexity,
+    token_losses,
+)
 from layerwise.data.module import Batches, Call, calls
 from layerwise.data.split import Split
-from layerwise.data.tasks import Accuracy, ChoiceItem, MultipleChoice, accuracy, scorer
+from layerwise.data.tasks import Accuracy, ChoiceItem, MultipleChoice, accuracy, loss_scorer, scorer
 from layerwise.data.text import Source, TextData, Tokenizer, text_blocks
 from layerwise.registry import Registry
 
@@ -40,8 +48,10 @@ __all__ = [
     "block_losses",
     "calls",
     "check_tokens",
+    "hidden_losses",
     "interval",
     "kl_divergence",
+    "loss_scorer",
     "pad",
     "paired_interval",
     "perplexity",

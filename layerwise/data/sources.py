@@ -26,9 +26,9 @@ def documents(source: str | Path, field: str = "text") -> Iterator[str]:
     """The documents of a source in a stable order, each ending in a blank line, up to READ_LIMIT characters.
 
     `source` is "default", a .txt, .md or .jsonl file, a folder of them, or
-    "hf:<data set>[/<configuration>]:<split>". `field` names the text of a JSON line or a data set's row.
-    Raises BadFile for what cannot be read, BadData for what holds no text, MissingExtra for "hf:" without
-    the extra `datasets`.
+    "hf:<namespace>/<data set>[/<configuration>]:<split>", or "hf:<saved folder>:<split>". `field` names the
+    text of a JSON line or of a data set's row. Raises BadFile for what cannot be read, BadData for what
+    holds no text, MissingExtra for "hf:" without the extra `datasets`.
     """
     read = 0
     for document in _all_documents(source, field):

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerwise.data.batch import common_prefix, pad
+from layerwise.data.batch import common_prefix, pad, slices
 from layerwise.data.bootstrap import Interval, interval, paired_interval
 from layerwise.data.metrics import token_losses
 from layerwise.data.text import Tokenizer, encoder, frame
@@ -143,7 +143,12 @@ def encode(item: ChoiceItem, tokenizer: Tokenizer) -> list[Pair]:
 
 
 def scorer(logits: Callable[[Tensor], Tensor], size: int = 16) -> Score:
-    """A score function from `logits`, tokens [B, T] to [B, T, V], of a causal model.
+    """A score function from `logits`, tokens [B, T] to logits [B, T, V], of a causal model."""
+    return loss_scorer(lambda tokens_BT: token_losses(logits(tokens_BT), tokens_BT), size)
+
+
+def loss_scorer(losses: Callable[[Tensor], Tensor], size: int = 16) -> Score:
+    """A score function from `losses`, tokens [B, T] to token losses [B, T-1], of a causal model.
 
     Pairs run sorted by length, `size` at a time, filled up on the right.
     """
@@ -152,14 +157,13 @@ def scorer(logits: Callable[[Tensor], Tensor], size: int = 16) -> Score:
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
         order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
         found = [0.0] * len(pairs)
-        with torch.inference_mode():
-            for start in range(0, len(order), size):
-                rows = order[start : start + size]
-                tokens_BT = pad([pairs[index][0] + pairs[index][1] for index in rows]).tokens_BT
-                losses_BT = token_losses(logits(tokens_BT), tokens_BT).double().cpu()
-                for row, index in enumerate(rows):
-                    first = len(pairs[index][0]) - 1
-                    found[index] = -float(losses_BT[row, first : lengths[index] - 1].sum())
+        for part in slices(len(order), size):
+            tokens_BT = pad([pairs[index][0] + pairs[index][1] for index in order[part]]).tokens_BT
+            with torch.inference_mode():
+                losses_BT = losses(tokens_BT).double().cpu()
+            for row, index in enumerate(order[part]):
+                first = len(pairs[index][0]) - 1
+                found[index] = -float(losses_BT[row, first : lengths[index] - 1].sum())
         return found
 
     return score

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,3 +104,18 @@ def test_data_set_saved_in_a_folder(tmp_path: Path) -> None:
         list(documents(f"hf:{tmp_path / 'all'}:test"))
     with pytest.raises(BadData, match="names no split"):
         list(documents("hf:wikitext"))
+
+
+@pytest.mark.parametrize(("name", "configuration"), [
+    ("Salesforce/wikitext", None), ("Salesforce/wikitext/wikitext-2-raw-v1", "wikitext-2-raw-v1")])
+def test_data_set_on_the_hub_is_streamed(
+        name: str, configuration: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: object, **options: object) -> list[dict[str, str]]:
+        asked.append((args, options))
+        return [{"text": "one"}, {"text": ""}, {"text": "two"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert list(documents(f"hf:{name}:train")) == ["one\n\n", "two\n\n"]
+    assert asked == [(("Salesforce/wikitext", configuration), {"split": "train", "streaming": True})]
