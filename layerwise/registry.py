@@ -21,10 +21,10 @@ class Registry(Mapping[str, Any]):
         self.kind, self.table = kind, dict(table)
 
     def __getitem__(self, name: str) -> Any:
-        places = self.places()
-        if name not in places:
-            raise UnknownName(self.kind, name, places)
-        module, attribute = places[name].split(":")
+        place = self.table.get(name) or self.places().get(name)
+        if place is None:
+            raise UnknownName(self.kind, name, self.places())
+        module, attribute = place.split(":")
         return getattr(importlib.import_module(module), attribute)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,0 +1,139 @@
+"""How much an alternative is predicted to cost in quality: measured where it was tried, else a surrogate.
+
+Measured losses are nats per token, from columns that tried the alternative on the model. Without any, one
+or more importance columns stand in: loss(layer, alternative) = importance(layer) * distortion(alternative),
+which only orders choices. The distortion of b bits is 4^-b, since each bit halves the rounding step and so
+quarters the noise power; taking the whole layer away is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerwise.errors import BadOption
+from layerwise.measure.scores import Column, Scores
+
+Target = int | str
+"""A layer by its place in depth, or what is outside: "embedding", "head", "rest"."""
+
+DEPTH = frozenset({"block-influence", "leave-one-out"})
+"""Columns that say what taking a whole layer away does."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One thing a layer could be: a transform with its arguments, or kept as it is (`transform` None).
+
+    `measured` names the column that tried it. `distortion` ranks it among alternatives where nothing was
+    measured, relative to taking the layer away. `tables` says whether embedding and head may have it too.
+    """
+
+    label: str
+    transform: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    measured: str | None = None
+    distortion: float = 0.0
+    tables: bool = False
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Predicted losses read from `columns` of `scores`; `unit` says whether they are measured."""
+
+    scores: Scores
+    columns: tuple[str, ...]
+    measured: bool
+
+    @property
+    def unit(self) -> str:
+        return "nats/token" if self.measured else "relative"
+
+    def of(self, alternative: Alternative, target: Target) -> float:
+        """The predicted loss of giving `target` the `alternative`; nan where it is not known."""
+        if alternative.transform is None:
+            return 0.0
+        if self.measured:
+            return _measured(self.scores, alternative, target)
+        return self._importance(target) * alternative.distortion
+
+    def _importance(self, target: Target) -> float:
+        """The mean over columns, from 0 to 1; what is not a layer counts as the most important."""
+        if isinstance(target, str):
+            return 1.0
+        alone = len(self.columns) == 1
+        parts = [importance(self.scores[name], ratio=alone)[target] for name in self.columns]
+        return math.fsum(parts) / len(parts)
+
+
+def predict(scores: Scores, alternatives: Sequence[Alternative], by: str | Sequence[str] | None) -> Losses:
+    """Where losses come from: the measured columns if `by` is None and there are any, else importance.
+
+    `by` names the importance columns to use. Raises UnknownName for a column that is not in the scores and
+    BadOption where no column says what matters.
+    """
+    if by is None:
+        tried = [name for alternative in alternatives for name in tried_columns(scores, alternative)]
+        if tried:
+            return Losses(scores, tuple(dict.fromkeys(tried)), measured=True)
+        names = [name for name, column in scores.columns.items() if column.important]
+    else:
+        names = [by] if isinstance(by, str) else list(by)
+    if not names or any(scores[name].important is None for name in names):
+        raise BadOption(f"planning by the columns {names or list(scores.columns)}",
+                        expected="a column that says which layers are important",
+                        do='measure one first, such as "block-influence" or "quantization-sensitivity"')
+    return Losses(scores, tuple(names), measured=False)
+
+
+def tried_columns(scores: Scores, alternative: Alternative) -> list[str]:
+    """The columns in which the loss of `alternative` was measured: for whole layers, else per matrix."""
+    if alternative.measured is None:
+        return []
+    if alternative.measured in scores:
+        return [alternative.measured]
+    return [name for name in _per_matrix(scores, alternative.measured).values() if name in scores]
+
+
+def importance(column: Column, ratio: bool) -> list[float]:
+    """Layers from 0 to 1, 1 the most important, unmeasured ones included.
+
+    With `ratio`, high-is-important columns without negative values keep their proportions (value / largest);
+    every other column becomes the rank in order of importance, from 1 / layers to 1.
+    """
+    values, layers = column.values, len(column.values)
+    largest = max((value for value in values if not math.isnan(value)), default=0.0)
+    proportional = column.important == "high" and 0 < largest < math.inf and not any(v < 0 for v in values)
+    if ratio and proportional:
+        return [1.0 if math.isnan(value) else value / largest for value in values]
+    ranks = [0.0] * layers
+    for place, layer in enumerate(column.ranking(), start=1):
+        ranks[layer] = place / layers
+    return ranks
+
+
+def _measured(scores: Scores, alternative: Alternative, target: Target) -> float:
+    names = tried_columns(scores, alternative)
+    if alternative.measured is None or not names:
+        return math.nan
+    if names == [alternative.measured]:
+        return _value(scores[names[0]], target)
+    if isinstance(target, str):
+        return math.nan
+    parts = _per_matrix(scores, alternative.measured)
+    matrices = scores.spec.rows[target].matrices(scores.spec.hidden)
+    needed = [parts[matrix] for matrix in matrices]
+    return sum(_value(scores[name], target) if name in scores else math.nan for name in needed)
+
+
+def _value(column: Column, target: Target) -> float:
+    return column.outside.get(target, math.nan) if isinstance(target, str) else column.values[target]
+
+
+def _per_matrix(scores: Scores, column: str) -> dict[str, str]:
+    """`quantization-sensitivity:4` was measured matrix by matrix as `quantization-sensitivity:q:4`."""
+    name, _, setting = column.partition(":")
+    matrices = {matrix for row in scores.spec.rows for matrix in row.matrices(scores.spec.hidden)}
+    return {matrix: f"{name}:{matrix}:{setting}" for matrix in sorted(matrices)}

@@ -1,0 +1,84 @@
+"""`allocate`: from scores and a budget to a plan, in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from layerwise.allocate.budget import Budget
+from layerwise.allocate.choices import Choice, make_choices
+from layerwise.allocate.cost import Clock, totals
+from layerwise.allocate.losses import Alternative, Losses
+from layerwise.allocate.plan import Edit, Plan
+from layerwise.allocate.solvers import SOLVERS
+from layerwise.allocate.solvers.base import Solver
+from layerwise.allocate.stopwatch import Stopwatch
+from layerwise.measure.scores import Scores
+
+
+def allocate(
+    scores: Scores,
+    budget: Budget,
+    *,
+    solver: str | Solver = "milp",
+    alternatives: Sequence[Alternative] | None = None,
+    by: str | Sequence[str] | None = None,
+    seed: int = 0,
+    clock: Clock | None = None,
+) -> Plan:
+    """The plan with the smallest predicted loss that stays within `budget`.
+
+    Losses are measured ones where `scores` has them ("quantization-sensitivity", "leave-one-out"), and
+    otherwise a surrogate from its importance columns, or from those named in `by`. `alternatives` limits
+    what a layer may become; see `choices.defaults`. `clock` times layers for a budget in milliseconds; the
+    default measures them on this machine. Raises BadBudget, with the smallest reachable value, where the
+    budget cannot be met; BadOption and UnknownName for scores that cannot be planned by.
+    """
+    solver = SOLVERS[solver]() if isinstance(solver, str) else solver
+    if budget.milliseconds is not None and clock is None:
+        clock = Stopwatch(scores.spec)
+    groups, losses = make_choices(scores, alternatives, by, clock)
+    limits = budget.limits(totals(scores.spec, clock))
+    picked = solver.solve([_useful(group, tuple(limits)) for group in groups], limits, seed)
+    return _plan(scores, budget, limits, solver, seed, losses, picked)
+
+
+def _useful(group: list[Choice], currencies: tuple[str, ...]) -> list[Choice]:
+    """Without edits that save nothing in any limited currency."""
+    kept = [choice for choice in group if choice.edit is None]
+    if not kept:
+        return group
+    return [choice for choice in group
+            if choice.edit is None or any(choice.cost[c] < kept[0].cost[c] for c in currencies)]
+
+
+def _plan(scores: Scores, budget: Budget, limits: dict[str, float], solver: Solver, seed: int, losses: Losses,
+          picked: list[Choice]) -> Plan:
+    return Plan(
+        table=scores.spec.fingerprint(), layers=len(scores.spec.rows), model=scores.model,
+        edits=tuple(Edit(choice.target, *choice.edit, choice.loss) for choice in picked if choice.edit),
+        budget=budget.given(), limits=limits, solver=solver.name, settings=_settings(solver), seed=seed,
+        predicted=predicted(picked), loss_unit=losses.unit, columns=losses.columns,
+        provenance=scores.provenance, versions=_versions())
+
+
+def predicted(picked: list[Choice]) -> dict[str, float]:
+    """Total loss and total cost in each currency."""
+    costs = {currency: math.fsum(choice.cost[currency] for choice in picked) for currency in picked[0].cost}
+    whole = {currency: int(cost) if cost.is_integer() else cost for currency, cost in costs.items()}
+    return {"loss": math.fsum(choice.loss for choice in picked)} | whole
+
+
+def _settings(solver: Solver) -> dict[str, Any]:
+    settings = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver)}  # type: ignore[arg-type]
+    return {name: {"solver": value.name, **_settings(value)} if isinstance(value, Solver) else value
+            for name, value in settings.items()}
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("numpy", "scipy", "torch")}
+    return {"python": platform.python_version(), **packages}

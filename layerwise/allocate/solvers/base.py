@@ -1,0 +1,23 @@
+"""What a solver is: a rule that takes one choice from each group and stays under every limit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from layerwise.allocate.choices import Choice, Groups
+
+
+class Solver(ABC):
+    """Base of every solver; subclasses are frozen dataclasses whose fields are settings."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+        """One choice from each group, in the order of the groups, costing at most `limits` in total.
+
+        The same arguments give the same choices. Raises BadBudget where the limits cannot be met, naming
+        the smallest value that can be.
+        """
