@@ -19,7 +19,7 @@ from layerwise.stack.decoder import DecoderStack
 from layerwise.transform import TRANSFORMS
 from layerwise.transform.base import Transform
 from layerwise.transform.gram import grams
-from layerwise.transform.quantize import Quantize, pack_table
+from layerwise.transform.quantize import Quantize, pack_table, values
 
 
 def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStack:
@@ -69,7 +69,7 @@ def _transforms(plan: Plan) -> tuple[dict[int, list[Transform]], dict[str, Quant
 def _packed_table(table: nn.Module | None, transform: Quantize | None) -> nn.Module | None:
     if transform is None or table is None:
         return None
-    return pack_table(table.weight, transform.format)  # type: ignore[arg-type]
+    return pack_table(values(table), transform.format, transform.method)
 
 
 @torch.inference_mode()

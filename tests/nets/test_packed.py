@@ -169,8 +169,12 @@ def test_table_looks_rows_up_and_gives_logits_from_one_storage(format: Format, v
     assert table.float()(tokens).dtype == torch.float32
 
 
-def test_gradients_reach_x() -> None:
-    layer = PackedLinear.from_codes(*parts(64, 64, Format(8, 0, True)), Format(8, 0, True))
+@pytest.mark.parametrize("format", [Format(8, 0, True), Format(4, 32)])
+@pytest.mark.parametrize("inference", [False, True])
+def test_gradients_reach_x(format: Format, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        layer = PackedLinear.from_codes(*parts(64, 64, format), format)
+        layer(torch.ones(1, 64).bfloat16())
     x = torch.randn(1, 64).bfloat16().requires_grad_()
     layer(x).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, layer.dense(torch.bfloat16).sum(0, keepdim=True))
