@@ -13,7 +13,7 @@ Names are imported when they are first used, so `import layerwise` itself takes 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from layerwise import errors, testing
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from layerwise.report.run import Run
     from layerwise.report.verify import Report, verify
     from layerwise.spec import LayerSpec, StackSpec
-    from layerwise.stack import Stack, State, open
+    from layerwise.stack.base import Stack, State
+    from layerwise.stack.open import open
 
 __version__ = "0.1.0"
 
@@ -41,14 +42,14 @@ _PLACES = {
     "Report": "layerwise.report.verify:Report",
     "Run": "layerwise.report.run:Run",
     "Scores": "layerwise.measure.scores:Scores",
-    "Stack": "layerwise.stack:Stack",
+    "Stack": "layerwise.stack.base:Stack",
     "StackSpec": "layerwise.spec:StackSpec",
-    "State": "layerwise.stack:State",
+    "State": "layerwise.stack.base:State",
     "allocate": "layerwise.allocate",
     "apply": "layerwise.allocate.apply:apply",
     "errors": "layerwise.errors",
     "measure": "layerwise.measure",
-    "open": "layerwise.stack:open",
+    "open": "layerwise.stack.open:open",
     "testing": "layerwise.testing",
     "undo": "layerwise.allocate.apply:undo",
     "verify": "layerwise.report.verify:verify",
@@ -78,12 +79,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'layerwise' has no attribute {name!r}")
-    module, _, attribute = _PLACES[name].partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+if not TYPE_CHECKING:  # a type checker would take any name for good
+
+    def __getattr__(name: str) -> object:
+        if name not in _PLACES:
+            raise AttributeError(f"module 'layerwise' has no attribute {name!r}")
+        module, _, attribute = _PLACES[name].partition(":")
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:
