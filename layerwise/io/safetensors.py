@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from torch import Tensor
 from layerwise.errors import BadFile
 from layerwise.io.checkpoint import Checkpoint, missing
 
-DTYPES = {
+NAMES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
+ALIGNMENT = 64
 LARGEST_HEADER = 100_000_000
 AGAIN = "fetch or copy the file again"
 
@@ -123,7 +124,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def _entry(file: Path, value: dict[str, Any], data: int) -> Entry:
-    dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+    dtype, shape = NAMES[value["dtype"]], tuple(value["shape"])
     start, stop = value["data_offsets"]
     if stop - start != math.prod(shape) * dtype.itemsize or start < 0 or any(size < 0 for size in shape):
         raise ValueError(f"{stop - start} bytes for shape {shape} in {value['dtype']}")
@@ -152,6 +153,27 @@ def map_bytes(file: Path, start: int, stop: int) -> Tensor:
     with file.open("rb") as stream:
         view = mmap.mmap(stream.fileno(), stop - base, access=mmap.ACCESS_COPY, offset=base)
     return torch.frombuffer(view, dtype=torch.uint8, count=stop - start, offset=start - base)
+
+
+def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, tensors in the order given and the first of them 64-byte aligned.
+
+    The usual writer sorts tensors and aligns to 8 bytes; here a layer stays in one piece, and views of its
+    tensors suit vector loads. Raises OSError where the disk is full.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names = {dtype: name for name, dtype in NAMES.items()}
+    at = 0
+    for name, tensor in tensors.items():
+        offsets = [at, at + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _view(raw: Tensor, entry: Entry, origin: int) -> Tensor:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from layerwise.errors import BadFile, BadModel
 from layerwise.io import atomic, manifest
+from layerwise.io.safetensors import write
 from layerwise.io.tokenizer import FILES
 from layerwise.io.weights import expected_tensors
 from layerwise.nets.families import FAMILIES
 from layerwise.nets.families.base import Link
 from layerwise.spec import StackSpec
 
-SHARD = 2 << 30
+SHARD = 1 << 30
 Named = tuple[str, Tensor]
 
 
@@ -41,9 +42,7 @@ def save(target: str | Path, spec: StackSpec, tensors: Iterable[Named], *, asset
     with atomic.folder(target) as beside:
         text = json.dumps(config or table_config(spec), indent=2)
         (beside / "config.json").write_text(text + "\n", encoding="utf-8")
-        write_tensors(beside, named, sum_bytes=spec.bytes())
-        for path in beside.glob("*.safetensors"):  # their writer makes them readable by the owner alone
-            shutil.copymode(beside / "config.json", path)
+        write_tensors(beside, named)
         for name in FILES if assets else ():
             if (assets / name).exists():  # type: ignore[operator]
                 shutil.copyfile(assets / name, beside / name)  # type: ignore[operator]
@@ -113,12 +112,14 @@ def to_family(tensors: Iterable[Named], links: Iterable[Link]) -> Iterator[Named
                 yield link.theirs, whole.T if link.transpose else whole
 
 
-def write_tensors(folder: Path, tensors: Iterable[Named], sum_bytes: int) -> None:
-    """`model.safetensors`, or shards of about 2 GB with an index, holding one shard in memory at most."""
+def write_tensors(folder: Path, tensors: Iterable[Named]) -> None:
+    """`model.safetensors`, or shards of about 1 GB with an index, holding one shard in memory at most."""
     shards: list[list[str]] = []
+    size = 0
     for number, shard in enumerate(_shards(tensors)):
-        _write(folder / f"shard-{number}.safetensors", shard, sum_bytes)
+        write(folder / f"shard-{number}.safetensors", shard)
         shards.append(list(shard))
+        size += sum(tensor.nbytes for tensor in shard.values())
     if len(shards) == 1:
         (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
         return
@@ -127,7 +128,7 @@ def write_tensors(folder: Path, tensors: Iterable[Named], sum_bytes: int) -> Non
         final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}.safetensors").rename(folder / final)
         places |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": sum_bytes}, "weight_map": places}
+    index = {"metadata": {"total_size": size}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
@@ -138,30 +139,15 @@ def _shards(tensors: Iterable[Named]) -> Iterator[dict[str, Tensor]]:
         if shard and size + tensor.nbytes > SHARD:
             yield shard
             shard, size = {}, 0
-        shard[name] = tensor.contiguous()
+        shard[name] = tensor
         size += tensor.nbytes
     yield shard
 
 
-def _write(path: Path, tensors: dict[str, Tensor], needed: int) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise _no_room(path, needed, str(error)) from error
-
-
 def _room(target: Path, needed: int) -> None:
     place = next(parent for parent in target.absolute().parents if parent.exists())
-    if shutil.disk_usage(place).free < needed:
-        raise _no_room(place, needed, "the disk is too full")
-
-
-def _no_room(place: Path, needed: int, why: str) -> BadFile:
-    folder = place if place.is_dir() else place.parent
-    free = shutil.disk_usage(folder).free
-    return BadFile(f"cannot write {needed:,} bytes to {folder}, which has {free:,} free: {why}",
-                   expected="room for the whole model beside what is there now",
-                   do="free some room or choose another place; what was there before is unchanged")
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise BadFile(f"cannot write {needed:,} bytes to {target}: its disk has {free:,} free",
+                      expected="room for the whole model beside what is there now",
+                      do="free some room or choose another place; what was there before is unchanged")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerwise.errors import BadFile, BadModel
 from layerwise.io.checkpoint import Checkpoint, missing
+from layerwise.io.safetensors import ALIGNMENT
 from layerwise.nets.decoder import Decoder
 from layerwise.nets.families.base import Link
 from layerwise.spec import StackSpec
@@ -89,6 +90,8 @@ class Weights:
             raise misshapen(links[0].theirs, self.checkpoint, tuple(tensor.shape), shape)
         if tensor.is_floating_point() and dtype.is_floating_point:
             tensor = tensor.to(dtype)
+        elif tensor.data_ptr() % ALIGNMENT:  # packed integers, for kernels that load whole vectors
+            tensor = tensor.clone()
         return tensor.contiguous()
 
 

@@ -24,8 +24,16 @@ FEW_ROWS_INT4 = {1: 48, 2: 32}
 """Up to this many rows of x (int4: by digits) a packed kernel beats dequantising and a dense product, as
 measured on two AVX-512 cores for matrices of 576 to 49152 outputs."""
 
+ALIGNMENT = 32
+"""Bytes; the int8 kernel loads codes by 16 and x by 32."""
+
 CHUNK = 1 << 20
 """Weights dequantised at a time, so that the float32 intermediate stays in cache."""
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied where torch's int8 kernel would fault on its address (views of mapped files)."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 class PackedMatrix(nn.Module):
@@ -129,7 +137,8 @@ class PackedMatrix(nn.Module):
             if rows > FEW_ROWS_INT8 or self.in_features % 16:  # the kernel reads past rows of other lengths
                 return None
             assert self.codes is not None
-            return torch._weight_int8pack_mm(x_MI.contiguous(), self.codes, self.scale[:, 0])
+            self.codes = aligned(self.codes)
+            return torch._weight_int8pack_mm(aligned(x_MI.contiguous()), self.codes, self.scale[:, 0])
         matrix = self._tiled() if rows <= FEW_ROWS_INT4[digits(self.format.bits)] else None
         return None if matrix is None else matrix.product(x_MI)
 
