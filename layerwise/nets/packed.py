@@ -134,7 +134,7 @@ class PackedMatrix(nn.Module):
         if torch.is_grad_enabled() and x_MI.requires_grad:
             return None
         if self._direct:
-            if rows > FEW_ROWS_INT8 or self.in_features % 16:  # the kernel reads past rows of other lengths
+            if rows > FEW_ROWS_INT8 or self.in_features % 16:  # rows of other lengths lie unaligned
                 return None
             assert self.codes is not None
             self.codes = aligned(self.codes)

@@ -169,6 +169,21 @@ def test_table_looks_rows_up_and_gives_logits_from_one_storage(format: Format, v
     assert table.float()(tokens).dtype == torch.float32
 
 
+@pytest.mark.parametrize("format", [Format(8, 0, True), Format(6, 32), Format(4, 32)])
+@pytest.mark.parametrize("offset", [1, 3, 8, 17])
+def test_storage_and_x_at_any_address(format: Format, offset: int) -> None:
+    layer = PackedLinear.from_codes(*parts(32, 64, format), format)
+    state = layer.state_dict()
+    shifted = {name: torch.cat([tensor.new_zeros(offset), tensor.flatten()])[offset:].view_as(tensor)
+               for name, tensor in state.items()}
+    twin = PackedLinear.empty(32, 64, format)
+    twin.load_state_dict(shifted, assign=True)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    shifted_x = torch.cat([x.new_zeros(offset), x.flatten()])[offset:].view_as(x)
+    assert torch.equal(twin(shifted_x), layer(x))
+    assert torch.equal(twin(shifted_x[1:]), layer(x[1:]))
+
+
 @pytest.mark.parametrize("format", [Format(8, 0, True), Format(4, 32)])
 @pytest.mark.parametrize("inference", [False, True])
 def test_gradients_reach_x(format: Format, inference: bool) -> None:
