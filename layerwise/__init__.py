@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from layerwise.io.auto import register_when_imported as _register_when_imported
+
 if TYPE_CHECKING:
     from layerwise import errors, testing
     from layerwise.allocate.apply import apply, undo
@@ -91,3 +93,6 @@ if not TYPE_CHECKING:  # a type checker would take any name for good
 
 def __dir__() -> list[str]:
     return __all__
+
+
+_register_when_imported()  # lets transformers open saved folders once layerwise is imported
