@@ -30,16 +30,25 @@ def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStac
     model, and BadData where statistics are needed and there is no data.
     """
     if not isinstance(stack, DecoderStack):
-        raise BadOption(f"a plan for {type(stack).__name__}", expected="a decoder language model",
-                        do="use the contexts stack.skip, stack.swap and stack.edit on other modules")
+        raise BadOption(
+            f"a plan for {type(stack).__name__}",
+            expected="a decoder language model",
+            do="use the contexts stack.skip, stack.swap and stack.edit on other modules",
+        )
     spec = plan.edited(stack.spec)
     layers, outside = _transforms(plan)
     if data is None and any("gram" in transform.needs for edits in layers.values() for transform in edits):
-        raise BadData("a plan that needs calibration statistics, without data", expected="calibration text",
-                      do="pass data=layerwise.data.text_blocks('default', stack.tokenizer)")
-    slim = stack.rebuilt(spec, _edited_blocks(stack, layers, data),
-                         embedding=_packed_table(stack.decoder.embedding, outside.get("embedding")),
-                         head=_packed_table(stack.decoder.head, outside.get("head")))
+        raise BadData(
+            "a plan that needs calibration statistics, without data",
+            expected="calibration text",
+            do="pass data=layerwise.data.text_blocks('default', stack.tokenizer)",
+        )
+    slim = stack.rebuilt(
+        spec,
+        _edited_blocks(stack, layers, data),
+        embedding=_packed_table(stack.decoder.embedding, outside.get("embedding")),
+        head=_packed_table(stack.decoder.head, outside.get("head")),
+    )
     slim.origin = stack, plan
     return slim
 
@@ -48,8 +57,11 @@ def undo(slim: Stack) -> Stack:
     """The stack that `apply` started from. Raises BadPlan where there was no plan."""
     origin = getattr(slim, "origin", None)
     if origin is None:
-        raise BadPlan(f"{slim.name}, to which no plan was applied in this session", expected="a stack made by apply",
-                      do="open the original model again")
+        raise BadPlan(
+            f"{slim.name}, to which no plan was applied in this session",
+            expected="a stack made by apply",
+            do="open the original model again",
+        )
     before: Stack = origin[0]
     return before
 
@@ -73,9 +85,13 @@ def _packed_table(table: nn.Module | None, transform: Quantize | None) -> nn.Mod
 
 
 @torch.inference_mode()
-def _edited_blocks(stack: DecoderStack, layers: dict[int, list[Transform]], data: TextData | None) -> list[nn.Module]:
+def _edited_blocks(
+    stack: DecoderStack, layers: dict[int, list[Transform]], data: TextData | None
+) -> list[nn.Module]:
     """Edit the layers in order, carrying calibration states through the edited prefix while any edit needs them."""
-    last = max((layer for layer, edits in layers.items() if any("gram" in t.needs for t in edits)), default=-1)
+    last = max(
+        (layer for layer, edits in layers.items() if any("gram" in t.needs for t in edits)), default=-1
+    )
     states: list[State] = []
     if last >= 0 and data is not None:
         states = [stack.start(batch.tokens_BT, batch.mask_BT) for batch in data.batches(4)]
@@ -83,7 +99,9 @@ def _edited_blocks(stack: DecoderStack, layers: dict[int, list[Transform]], data
     for layer, row in enumerate(stack.spec.rows):
         block = stack.block(layer)
         assert isinstance(block, Block)
-        edited = _edited(block, row, stack.spec.hidden, layers.get(layer, []), layer, states if layer <= last else [])
+        edited = _edited(
+            block, row, stack.spec.hidden, layers.get(layer, []), layer, states if layer <= last else []
+        )
         if edited is not None:
             blocks.append(edited)
         if layer < last and edited is not None:
@@ -91,8 +109,9 @@ def _edited_blocks(stack: DecoderStack, layers: dict[int, list[Transform]], data
     return blocks
 
 
-def _edited(block: Block, row: LayerSpec, hidden: int, edits: Iterable[Transform], layer: int,
-            states: list[State]) -> nn.Module | None:
+def _edited(
+    block: Block, row: LayerSpec, hidden: int, edits: Iterable[Transform], layer: int, states: list[State]
+) -> nn.Module | None:
     for transform in edits:
         stats = grams(block, layer, states) if "gram" in transform.needs else None
         edited_row = transform.edit(row, hidden)

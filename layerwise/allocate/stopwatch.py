@@ -21,8 +21,6 @@ from layerwise.nets.decoder import Block, Decoder
 from layerwise.nets.flow import Flow, LayerCache
 from layerwise.spec import Attention, LayerSpec, Opaque, StackSpec
 
-COLD_BYTES = 48e6
-"""Copies of a layer add up to this much, if `MOST_COPIES` allow."""
 MOST_COPIES = 24
 
 M = TypeVar("M", bound=nn.Module)
@@ -31,14 +29,15 @@ M = TypeVar("M", bound=nn.Module)
 class Stopwatch:
     """Times rows of `spec` for one stream, after `past` tokens; the median of `repeats` after a warm-up.
 
-    Every distinct row is measured once. Raises BadBudget for a model whose layers layerwise did not build.
+    Every distinct row is measured once. Copies of a layer add up to `cold_bytes`, or are 24. Raises
+    BadBudget for a model whose layers layerwise did not build.
     """
 
-    def __init__(self, spec: StackSpec, past: int = 128, repeats: int = 9) -> None:
+    def __init__(self, spec: StackSpec, past: int = 128, repeats: int = 9, cold_bytes: float = 48e6) -> None:
         if spec.outside or any(isinstance(row.mixer, Opaque) for row in spec.rows):
             raise BadBudget("a limit on milliseconds for a module that layerwise did not build",
                             expected="a decoder language model", do="limit bytes, parameters or layers")
-        self.spec, self.repeats = spec, repeats
+        self.spec, self.repeats, self.cold_bytes = spec, repeats, cold_bytes
         self.past = max(1, min(past, spec.context - repeats - 1))
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self._known: dict[str, float] = {}
@@ -59,7 +58,7 @@ class Stopwatch:
 
     def _time_row(self, row: LayerSpec) -> float:
         size = row.bytes(self.spec.hidden, self.spec.dtype)
-        copies = int(min(MOST_COPIES, 1 + COLD_BYTES // max(size, 1)))
+        copies = int(min(MOST_COPIES, 1 + self.cold_bytes // max(size, 1)))
         blocks = [_filled(lambda: Block(row, self.spec.hidden), self.dtype) for _ in range(copies)]
         caches = {layer: self._cache(row) for layer in range(copies)}
         steps = iter(range(self.past, self.spec.context))

@@ -12,7 +12,9 @@ import numpy as np
 from layerwise.allocate.choices import Choice, Groups
 from layerwise.allocate.solvers.base import Solver
 from layerwise.errors import BadBudget, LayerwiseError
+from layerwise.spec import LayerSpec
 
+ROW = LayerSpec(mixer=None, feed_forward=None)
 SHARES = {"keep": 1.0, "8 bits": 0.5, "4 bits": 0.3, "3 bits": 0.22, "drop": 0.0}
 """Levels of a layer in `problem`, with the bytes each keeps."""
 
@@ -29,27 +31,36 @@ def problem(seed: int, layers: int = 6, alike: bool = True) -> Groups:
     return [*groups, [Choice("rest", "keep", None, None, 0.0, {"bytes": 7.0, "layers": 0.0})]]
 
 
-def _group(target: int | str, size: int, shares: Mapping[str, float],
-           generator: np.random.Generator) -> list[Choice]:
+def _group(
+    target: int | str, size: int, shares: Mapping[str, float], generator: np.random.Generator
+) -> list[Choice]:
     steps = generator.uniform(0.01, 1, len(shares)) * np.arange(len(shares)) ** 2
     choices = []
     for (label, share), loss in zip(shares.items(), np.cumsum(steps), strict=True):
         cost = {"bytes": float(round(size * share)), "layers": float(isinstance(target, int) and share > 0)}
         edit = None if label == "keep" else ("edit", {"to": label})
-        choices.append(Choice(target, label, edit, None, float(loss), cost))
+        choices.append(Choice(target, label, edit, ROW if cost["layers"] else None, float(loss), cost))
     return choices
 
 
 def best(groups: Groups, limits: Mapping[str, float]) -> float:
     """The smallest total loss within `limits`, by trying every combination; infinite where none fits."""
-    return min((math.fsum(choice.loss for choice in picked) for picked in itertools.product(*groups)
-                if fits(picked, limits)), default=math.inf)
+    return min(
+        (
+            math.fsum(choice.loss for choice in picked)
+            for picked in itertools.product(*groups)
+            if fits(picked, limits)
+        ),
+        default=math.inf,
+    )
 
 
 def fits(picked: tuple[Choice, ...] | list[Choice], limits: Mapping[str, float]) -> bool:
     """Whether the total cost is within every limit."""
-    return all(math.fsum(choice.cost[currency] for choice in picked) <= limit * (1 + 1e-12)
-               for currency, limit in limits.items())
+    return all(
+        math.fsum(choice.cost[currency] for choice in picked) <= limit * (1 + 1e-12)
+        for currency, limit in limits.items()
+    )
 
 
 def check_solver(solver: Solver, seed: int = 0) -> None:
@@ -74,12 +85,14 @@ def _check_picks(solver: Solver, groups: Groups, limits: Mapping[str, float], se
         picked = solver.solve(groups, limits, seed)
     except LayerwiseError:
         assert not fits([group[0] for group in groups], limits), (
-            f"{solver.name} refuses a budget that the original meets")
+            f"{solver.name} refuses a budget that the original meets"
+        )
         return
     assert groups == before, f"{solver.name} changes its input"
     assert len(picked) == len(groups), f"{solver.name} takes {len(picked)} choices for {len(groups)} groups"
     assert all(choice in group for choice, group in zip(picked, groups, strict=True)), (
-        f"{solver.name} takes a choice that its group does not offer")
+        f"{solver.name} takes a choice that its group does not offer"
+    )
     assert fits(picked, limits), f"{solver.name} passes the limits {dict(limits)}"
     assert solver.solve(groups, limits, seed) == picked, f"{solver.name} does not repeat itself"
 

@@ -28,7 +28,7 @@ class DynamicProgramming(Solver):
     """`cells` is the largest number of units the room above the cheapest plan is divided into."""
 
     name: ClassVar[str] = "dynamic-programming"
-    cells: int = 20_000
+    cells: int = 50_000
 
     def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         """Raises BadOption for more than one limit."""
@@ -66,7 +66,7 @@ def _units(extra_C: Floats, unit: float) -> NDArray[np.int64]:
 def _best(loss_GC: Floats, units: list[NDArray[np.int64]], cells: int) -> Indices:
     """The places of the choices with the smallest total loss that spend at most `cells` units."""
     best_S = np.zeros(cells + 1)  # best_S[s]: smallest loss when at most s units are spent
-    taken = np.zeros((len(units), cells + 1), dtype=np.int32)
+    taken = np.zeros((len(units), cells + 1), dtype=np.uint8)
     for g, units_C in enumerate(units):
         new_S = np.full(cells + 1, np.inf)
         for c, spent in enumerate(units_C):
@@ -80,7 +80,7 @@ def _best(loss_GC: Floats, units: list[NDArray[np.int64]], cells: int) -> Indice
     return _trace(taken, units, cells)
 
 
-def _trace(taken: NDArray[np.int32], units: list[NDArray[np.int64]], cells: int) -> Indices:
+def _trace(taken: NDArray[np.uint8], units: list[NDArray[np.int64]], cells: int) -> Indices:
     choice_G, left = np.zeros(len(units), dtype=np.intp), cells
     for g in reversed(range(len(units))):
         choice_G[g] = taken[g, left]
