@@ -27,7 +27,9 @@ class Row:
         return self.ratio <= self.must if self.better == "less" else self.ratio >= self.must
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], repeats: int = 3, warmup: int = 1) -> dict[str, float]:
+def interleaved(
+    candidates: dict[str, Callable[[], object]], repeats: int = 3, warmup: int = 1
+) -> dict[str, float]:
     """Median seconds of each candidate; they take turns, so that a busy moment hits all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
@@ -67,6 +69,8 @@ def table(rows: Iterable[Row]) -> str:
     lines = ["| what | measured | ratio | must | met | limit |", "|---|---|---|---|---|---|"]
     for row in rows:
         sign = "<=" if row.better == "less" else ">="
-        lines.append(f"| {row.what} | {row.measured} | {row.ratio:.2f} | {sign} {row.must:g} | "
-                     f"{'yes' if row.met else 'no'} | {row.limit} |")
+        lines.append(
+            f"| {row.what} | {row.measured} | {row.ratio:.2f} | {sign} {row.must:g} | "
+            f"{'yes' if row.met else 'no'} | {row.limit} |"
+        )
     return "\n".join(lines)

@@ -46,8 +46,11 @@ def reproduce(system: str, size: Size = "quick", seed: int = 0) -> list[Check]:
         raise BadOption(f"size {size!r}", expected=f"one of {SIZES}", do="use --size quick or --size full")
     if system not in SYSTEMS:
         if system in catalogue():
-            raise BadOption(f"the system {system!r}, which is planned but not done",
-                            expected=f"one of: {', '.join(SYSTEMS)}", do="see `layerwise systems` for the states")
+            raise BadOption(
+                f"the system {system!r}, which is planned but not done",
+                expected=f"one of: {', '.join(SYSTEMS)}",
+                do="see `layerwise systems` for the states",
+            )
         raise UnknownName("system", system, catalogue())
     run: Callable[[Size, int], list[Check]] = SYSTEMS[system]
     return run(size, seed)

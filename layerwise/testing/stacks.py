@@ -9,10 +9,19 @@ from layerwise.spec import Attention, FeedForward, LayerSpec, StackSpec
 from layerwise.stack.decoder import DecoderStack
 
 
-def random_stack(layers: int = 4, *, hidden: int = 64, vocabulary: int = 97, seed: int = 0,
-                 dtype: str = "float32", row: LayerSpec | None = None) -> DecoderStack:
+def random_stack(
+    layers: int = 4,
+    *,
+    hidden: int = 64,
+    vocabulary: int = 97,
+    seed: int = 0,
+    dtype: str = "float32",
+    row: LayerSpec | None = None,
+) -> DecoderStack:
     """A decoder of equal rows with seeded Gaussian weights; norms are ones plus noise."""
-    row = row or LayerSpec(Attention(heads=4, kv_heads=2, head_dim=hidden // 4), FeedForward(width=2 * hidden))
+    row = row or LayerSpec(
+        Attention(heads=4, kv_heads=2, head_dim=hidden // 4), FeedForward(width=2 * hidden)
+    )
     spec = StackSpec("llama", hidden, vocabulary, (row,) * layers, dtype=dtype, context=256)  # type: ignore[arg-type]
     decoder = Decoder(spec)
     generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,8 @@ def check_system(system: str, size: Size = "quick", seed: int = 0) -> list[Check
         where = f"{system}: {check.name}"
         assert check.claim and check.why, f"{where} needs a claim and a reason"
         assert check.holds in (True, False, None), f"{where} must hold, not hold, or not tell"
-        assert check.control is not None or check.holds is None, f"{where} has no control that could have failed"
+        assert check.control is not None or check.holds is None, (
+            f"{where} has no control that could have failed"
+        )
         json.dumps(check.to_json(), allow_nan=False)
     return checks

@@ -26,13 +26,17 @@ def check_transform(transform: Transform, stack: DecoderStack | None = None) -> 
     stack = stack or random_stack()
     tokens_BT = torch.randint(stack.spec.vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
     state, hidden = stack.start(tokens_BT), stack.spec.hidden
-    assert type(transform)(**json.loads(json.dumps(asdict(transform)))) == transform, "parameters must be plain"
+    assert type(transform)(**json.loads(json.dumps(asdict(transform)))) == transform, (
+        "parameters must be plain"
+    )
     for layer, row in enumerate(stack.spec.rows):
         block = stack.block(layer)
         assert isinstance(block, Block)
         edited = transform.edit(row, hidden)
         assert transform.edit(row, hidden) == edited, "edit must be pure"
-        assert edited is None or transform.edit(edited, hidden) == edited, "editing twice must equal editing once"
+        assert edited is None or transform.edit(edited, hidden) == edited, (
+            "editing twice must equal editing once"
+        )
         stats = grams(block, layer, [state]) if "gram" in transform.needs else None
         before = _bytes(block)
         new, again = transform.apply(block, row, stats), transform.apply(block, row, stats)
@@ -48,7 +52,9 @@ def _check_row(block: torch.nn.Module, expected_bytes: int, state: State, layer:
     stored = sum(tensor.numel() * tensor.element_size() for tensor in block.state_dict().values())
     assert stored == expected_bytes, f"the row says {expected_bytes} bytes, the weights take {stored}"
     out_BTC = block(state.hidden, state.shared, layer)
-    assert out_BTC.shape == state.hidden.shape and bool(torch.isfinite(out_BTC).all()), "the edited layer must run"
+    assert out_BTC.shape == state.hidden.shape and bool(torch.isfinite(out_BTC).all()), (
+        "the edited layer must run"
+    )
 
 
 def _bytes(block: torch.nn.Module) -> dict[str, Tensor]:

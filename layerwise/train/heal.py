@@ -40,14 +40,22 @@ def next_token_loss(stack: DecoderStack, tokens_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), tokens_BT[:, 1:].flatten())
 
 
-def heal(stack: DecoderStack, tokens_NT: Tensor, method: Partial | Lora, recipe: Recipe | None = None, *,
-         loss: Loss = next_token_loss) -> tuple[DecoderStack, list[float]]:
+def heal(
+    stack: DecoderStack,
+    tokens_NT: Tensor,
+    method: Partial | Lora,
+    recipe: Recipe | None = None,
+    *,
+    loss: Loss = next_token_loss,
+) -> tuple[DecoderStack, list[float]]:
     """Train a float32 copy of `stack` on blocks of tokens; returns it in the dtype of `stack`, and the losses.
 
     Raises BadOption for a packed stack (train before quantizing) and MissingExtra where PEFT is needed.
     """
     if stack.spec.packed():
-        raise BadOption("healing a stack with packed matrices", expected="dense weights", do="heal, then quantize")
+        raise BadOption(
+            "healing a stack with packed matrices", expected="dense weights", do="heal, then quantize"
+        )
     trained = stack.copied(torch.float32)
     if isinstance(method, Lora):
         _adapt(trained, method, recipe.seed if recipe else 0)
@@ -65,8 +73,11 @@ def heal(stack: DecoderStack, tokens_NT: Tensor, method: Partial | Lora, recipe:
 
 def _partial(stack: DecoderStack, method: Partial) -> DecoderStack:
     if not 0 <= method.layers <= len(stack):
-        raise BadOption(f"healing {method.layers} of {len(stack)} layers", expected=f"0 to {len(stack)}",
-                        do="choose how many of the last layers to train")
+        raise BadOption(
+            f"healing {method.layers} of {len(stack)} layers",
+            expected=f"0 to {len(stack)}",
+            do="choose how many of the last layers to train",
+        )
     if method.head and stack.spec.tied:
         stack = untied(stack)
     head = [stack.decoder.head] if method.head else []
@@ -83,8 +94,9 @@ def untied(stack: DecoderStack) -> DecoderStack:
         return stack
     weight = stack.decoder.embedding.weight
     head = nn.Embedding(*weight.shape, _weight=weight.detach().clone())  # type: ignore[arg-type, misc]
-    return stack.rebuilt(replace(stack.spec, tied=False), list(stack.decoder.layers),
-                         head=head.requires_grad_(False))
+    return stack.rebuilt(
+        replace(stack.spec, tied=False), list(stack.decoder.layers), head=head.requires_grad_(False)
+    )
 
 
 def _adapt(stack: DecoderStack, method: Lora, seed: int) -> None:
@@ -94,8 +106,9 @@ def _adapt(stack: DecoderStack, method: Lora, seed: int) -> None:
     except ImportError as error:
         raise MissingExtra("peft", "peft", "healing with adapters") from error
     torch.manual_seed(seed)
-    config = LoraConfig(r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout,
-                        target_modules=list(MATRICES))
+    config = LoraConfig(
+        r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, target_modules=list(MATRICES)
+    )
     inject_adapter_in_model(config, stack.decoder)
 
 

@@ -24,16 +24,20 @@ class Recipe:
     seed: int = 0
 
 
-def train(parameters: Sequence[nn.Parameter], loss: Callable[[Tensor], Tensor], tokens_NT: Tensor,
-          recipe: Recipe) -> list[float]:
+def train(
+    parameters: Sequence[nn.Parameter], loss: Callable[[Tensor], Tensor], tokens_NT: Tensor, recipe: Recipe
+) -> list[float]:
     """Minimise `loss(tokens_BT)` over `parameters`; returns the loss of every step, nats per token.
 
     Raises BadData where there are fewer blocks than one batch, and BadOption where nothing can be trained
     or the loss stops being finite.
     """
     if len(tokens_NT) < recipe.batch:
-        raise BadData(f"{len(tokens_NT)} blocks of text", expected=f"at least one batch of {recipe.batch}",
-                      do="give more text or a smaller batch")
+        raise BadData(
+            f"{len(tokens_NT)} blocks of text",
+            expected=f"at least one batch of {recipe.batch}",
+            do="give more text or a smaller batch",
+        )
     if not parameters:
         raise BadOption("no parameters to train", expected="at least one", do="choose layers to train")
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -42,8 +46,11 @@ def train(parameters: Sequence[nn.Parameter], loss: Callable[[Tensor], Tensor], 
     for tokens_BT in _batches(tokens_NT, recipe):
         value = loss(tokens_BT)
         if not bool(torch.isfinite(value)):
-            raise BadOption(f"a loss of {float(value)} at step {len(losses)}", expected="a finite loss",
-                            do=f"lower the learning rate ({recipe.learning_rate})")
+            raise BadOption(
+                f"a loss of {float(value)} at step {len(losses)}",
+                expected="a finite loss",
+                do=f"lower the learning rate ({recipe.learning_rate})",
+            )
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, recipe.clip)
