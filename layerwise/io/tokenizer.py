@@ -61,6 +61,11 @@ class Tokenizer:
         """The token that ends a text, if any."""
         return self._special("eos_token")
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model was trained for conversation."""
+        return self._template() is not None
+
     def chat(self, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> str:
         """The prompt for a conversation of {"role", "content"}; with `reply` it ends where the model answers.
 

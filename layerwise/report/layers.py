@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from layerwise.allocate.edits import edited_row
+from layerwise.allocate.plan import Plan
 from layerwise.spec import DTYPE_BYTES, Format, LayerSpec, StackSpec, describe
 
 GONE = 0.0
@@ -41,6 +43,16 @@ def layer_changes(
     left = dict(zip(indices, after.rows, strict=True))
     rows = [_row_change(index, row, left.get(index), before, after) for index, row in enumerate(before.rows)]
     return (*rows, *_table_changes(before, after))
+
+
+def kept_layers(spec: StackSpec, plan: Plan) -> list[int]:
+    """The layers of `spec` that are left after `plan`, in order."""
+    rows: dict[int, LayerSpec | None] = dict(enumerate(spec.rows))
+    for edit in plan.edits:
+        row = rows.get(edit.target) if isinstance(edit.target, int) else None
+        if row is not None and isinstance(edit.target, int):
+            rows[edit.target] = edited_row(row, spec.hidden, edit.transform, edit.arguments)
+    return [layer for layer, row in rows.items() if row is not None]
 
 
 def runs(changes: Sequence[LayerChange]) -> Iterator[tuple[str, str]]:

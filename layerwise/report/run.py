@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 from layerwise.errors import BadFile, BadOption
 from layerwise.io import atomic
 
+S = TypeVar("S")
 T = TypeVar("T")
 FORMAT = "layerwise-run-1"
 PACKAGES = ("layerwise", "torch", "transformers", "numpy", "scipy")
@@ -100,10 +101,10 @@ class Run:
     def step(
         self,
         name: str,
-        produce: Callable[[], T],
+        produce: Callable[[], S],
         *,
         file: str,
-        save: Callable[[T, Path], Any],
+        save: Callable[[S, Path], Any],
         load: Callable[[Path], T],
     ) -> T:
         """The value of a step: from its file where it is finished, otherwise produced, saved and read back.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from layerwise.data.bootstrap import Interval
-from layerwise.report.layers import runs
+from layerwise.report.layers import LayerChange, runs
 from layerwise.report.report import Measurement, Report
 
 Row = tuple[str, str, str, str]
@@ -13,7 +13,11 @@ Row = tuple[str, str, str, str]
 
 def text(report: Report) -> str:
     """The whole report: sizes, speeds and quality before and after, what each layer got, and notes."""
-    parts = [_aligned([("", "before", "after", "change"), *rows(report)]), predictions(report), got(report)]
+    parts = [
+        _aligned([("", "before", "after", "change"), *rows(report)]),
+        predictions(report),
+        got(report.layers),
+    ]
     if report.notes:
         parts.append("\n".join(f"note: {note}" for note in report.notes))
     return "\n\n".join(parts)
@@ -42,9 +46,9 @@ def predictions(report: Report) -> str:
     )
 
 
-def got(report: Report) -> str:
+def got(changes: Sequence[LayerChange]) -> str:
     """Which layers got what, neighbours with the same merged."""
-    lines = list(runs(report.layers))
+    lines = list(runs(changes))
     width = max(len("layers"), *(len(span) for span, _ in lines)) if lines else 0
     return "\n".join(f"{span:<{width}}  {words}" for span, words in [("layers", "got"), *lines])
 

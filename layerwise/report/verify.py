@@ -16,13 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from layerwise.allocate.plan import Plan
+from layerwise.data.batch import Batch
 from layerwise.data.bootstrap import paired_ratio_interval, ratio_interval
 from layerwise.data.metrics import Losses, token_kl, token_losses
 from layerwise.data.tasks import MultipleChoice, accuracy, scorer
 from layerwise.data.text import TextData, text_blocks
 from layerwise.errors import BadData, BadOption
+from layerwise.measure.progress import Progress
 from layerwise.report.files import weight_bytes
-from layerwise.report.layers import layer_changes
+from layerwise.report.layers import kept_layers, layer_changes
 from layerwise.report.machine import machine
 from layerwise.report.probe import Probe, probe
 from layerwise.report.report import Measurement, Report, TaskResult
@@ -31,7 +34,6 @@ from layerwise.stack.base import Stack
 
 __all__ = ["Measurement", "Report", "TaskResult", "verify"]
 
-Progress = Callable[[str, float], None]
 BLOCKS, LENGTH = 32, 512
 
 
@@ -55,17 +57,16 @@ def verify(
     seed: int = 0,
     kept: Sequence[int] | None = None,
     speeds: bool = True,
-    progress: Progress | None = None,
+    progress: bool = False,
 ) -> Report:
     """Compare two models on the same text, and measure size, speed and memory of each.
 
     `data` should be text that had no part in making `after`: the verification split of a source, which is
     taken where `data` names a source. `tasks` are multiple-choice tasks or their names. `kept` says which
     row of `before` each row of `after` comes from; a stack made by `apply` knows. Without `speeds` no fresh
-    process is started. Raises BadData for text that does not fit the models or losses that are not finite,
-    BadOption for two models with different vocabularies.
+    process is started. `progress` shows a bar on standard error. Raises BadData for text that does not fit
+    the models or losses that are not finite, BadOption for models with different vocabularies.
     """
-    tell = progress or (lambda _, __: None)
     if before.spec.vocabulary and after.spec.vocabulary and before.spec.vocabulary != after.spec.vocabulary:
         raise BadOption(
             f"models with {before.spec.vocabulary} and {after.spec.vocabulary} tokens",
@@ -73,11 +74,10 @@ def verify(
             do="compare a model with its own edited copy",
         )
     text = data if isinstance(data, TextData) else verification_text(before, data)
-    compared = compare_on(before, after, text, progress)
-    probes = []
-    for stack, name in ((before, "before"), (after, "after")):
-        tell(f"speed and memory {name}", 0.0)
-        probes.append(probe(stack) if speeds else Probe(None, None, None, "not asked for"))
+    compared = compare_on(before, after, text, progress=progress)
+    probes = [
+        probe(stack) if speeds else Probe(None, None, None, "not asked for") for stack in (before, after)
+    ]
     positions = compared.positions_N
     return Report(
         model=before.name,
@@ -90,8 +90,8 @@ def verify(
         ),
         kl=ratio_interval(compared.kl_N, positions, seed=seed),
         agreement=ratio_interval(compared.same_N, positions, seed=seed),
-        layers=layer_changes(before.spec, after.spec, kept if kept is not None else kept_layers(after)),
-        tasks={task.name: _task(before, after, task, seed, tell) for task in map(_named_task, tasks)},
+        layers=layer_changes(before.spec, after.spec, kept if kept is not None else _kept(after)),
+        tasks={task.name: _task(before, after, task, seed) for task in map(_named_task, tasks)},
         notes=tuple(_notes(text)),
         provenance={
             "data": text.source.to_json(),
@@ -136,28 +136,14 @@ def predictions_of(stack: Stack) -> Callable[[Tensor], Tensor]:
 
 
 @torch.inference_mode()
-def compare_on(before: Stack, after: Stack, data: TextData, progress: Progress | None = None) -> Compared:
+def compare_on(before: Stack, after: Stack, data: TextData, *, progress: bool = False) -> Compared:
     """Run both models over `data`, one block at a time. Raises BadData if a loss is not finite."""
     first, second = predictions_of(before), predictions_of(after)
     sums: list[list[float]] = []
-    for index, batch in enumerate(data.batches(1)):
-        if progress:
-            progress("predictions before and after", index / len(data))
-        a_BTV, b_BTV = first(batch.tokens_BT), second(batch.tokens_BT)
-        mask_BT = (
-            torch.ones_like(batch.tokens_BT, dtype=torch.bool) if batch.mask_BT is None else batch.mask_BT
-        )
-        predicted_BT = mask_BT[:, 1:]
-        sums.append(
-            [
-                _sum(token_losses(a_BTV, batch.tokens_BT), predicted_BT),
-                _sum(token_losses(b_BTV, batch.tokens_BT), predicted_BT),
-                _sum(token_kl(a_BTV, b_BTV), mask_BT),
-                _sum((a_BTV.argmax(-1) == b_BTV.argmax(-1)).float(), mask_BT),
-                float(predicted_BT.sum()),
-                float(mask_BT.sum()),
-            ]
-        )
+    with Progress("predictions before and after", len(data), progress) as bar:
+        for batch in data.batches(1):
+            sums.append(_block(first(batch.tokens_BT), second(batch.tokens_BT), batch))
+            bar.step()
     columns = np.array(sums, dtype=np.float64).T
     _check_finite(columns[:3], data, before.name)
     return Compared(
@@ -165,20 +151,24 @@ def compare_on(before: Stack, after: Stack, data: TextData, progress: Progress |
     )
 
 
-def kept_layers(after: Stack) -> list[int] | None:
+def _kept(after: Stack) -> list[int] | None:
     """Which original layer each row comes from, where the stack was made by `apply`; else None."""
-    from layerwise.allocate.edits import edited_row
+    origin: tuple[Stack, Plan] | None = getattr(after, "origin", None)
+    return None if origin is None else kept_layers(origin[0].spec, origin[1])
 
-    origin = getattr(after, "origin", None)
-    if origin is None:
-        return None
-    before, plan = origin
-    rows = dict(enumerate(before.spec.rows))
-    for edit in plan.edits:
-        row = rows.get(edit.target)
-        if row is not None:
-            rows[edit.target] = edited_row(row, before.spec.hidden, edit.transform, edit.arguments)
-    return [layer for layer, row in rows.items() if row is not None]
+
+def _block(a_BTV: Tensor, b_BTV: Tensor, batch: Batch) -> list[float]:
+    """Summed losses before and after, divergence, agreement; predicted tokens, and positions."""
+    tokens_BT = batch.tokens_BT
+    mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if batch.mask_BT is None else batch.mask_BT
+    return [
+        _sum(token_losses(a_BTV, tokens_BT), mask_BT[:, 1:]),
+        _sum(token_losses(b_BTV, tokens_BT), mask_BT[:, 1:]),
+        _sum(token_kl(a_BTV, b_BTV), mask_BT),
+        _sum((a_BTV.argmax(-1) == b_BTV.argmax(-1)).float(), mask_BT),
+        float(mask_BT[:, 1:].sum()),
+        float(mask_BT.sum()),
+    ]
 
 
 def _sum(values_BT: Tensor, mask_BT: Tensor) -> float:
@@ -224,16 +214,14 @@ def _named_task(task: str | MultipleChoice) -> MultipleChoice:
     return found
 
 
-def _task(before: Stack, after: Stack, task: MultipleChoice, seed: int, tell: Progress) -> TaskResult:
+def _task(before: Stack, after: Stack, task: MultipleChoice, seed: int) -> TaskResult:
     if before.tokenizer is None:
         raise BadData(
             f"the task {task.name} for {before.name}, which has no tokenizer",
             expected="a model with a tokenizer",
             do="open the model's folder, or leave the task out",
         )
-    tell(f"task {task.name}", 0.0)
     a = accuracy(scorer(predictions_of(before)), task, before.tokenizer)
-    tell(f"task {task.name}", 0.5)
     b = accuracy(scorer(predictions_of(after)), task, before.tokenizer)
     return TaskResult(a.value, b.value, a.change(b, seed=seed), task.chance)
 

@@ -1,0 +1,99 @@
+"""`layerwise optimize`: the whole job, from a model and a budget to a smaller model and a report."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from layerwise.cli.options import Data, Fresh, Json, Model, Output, Seed, full, words
+from layerwise.cli.screen import Screen
+
+
+def solvers() -> list[str]:
+    """Names of solvers, for completion."""
+    from layerwise.allocate.solvers import SOLVERS
+
+    return list(SOLVERS)
+
+
+Amount = str | None
+Bytes = Annotated[Amount, typer.Option("--bytes", help="Stored size, such as 55%, 120MB, or 2x for half.")]
+Parameters = Annotated[
+    Amount, typer.Option("--parameters", help="Number of parameters, such as 80% or 100M.")
+]
+Layers = Annotated[Amount, typer.Option("--layers", help="Number of layers, such as 24 or 80%.")]
+Milliseconds = Annotated[
+    Amount, typer.Option("--milliseconds", help="Time to decode one token here, such as 12 or 50%.")
+]
+Bits = Annotated[Amount, typer.Option("--bits", help="Stored bits per parameter, such as 5.5.")]
+SolverName = Annotated[str, typer.Option("--solver", help="How to decide.", autocompletion=solvers)]
+Only = Annotated[
+    str,
+    typer.Option("--only", help="What a layer may become, separated by commas: 8, 6, 5, 4, 3, 2, drop, ..."),
+]
+
+
+def optimize(
+    model: Model,
+    bytes: Bytes = None,
+    parameters: Parameters = None,
+    layers: Layers = None,
+    milliseconds: Milliseconds = None,
+    bits: Bits = None,
+    solver: SolverName = "milp",
+    only: Only = "",
+    data: Data = "default",
+    seed: Seed = 0,
+    output: Output = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Fit a model into a budget, and verify the result.
+
+    Every layer is measured, what it becomes is decided under the budget and carried out, and the result is
+    compared with the original on text that had no part in it. Everything is kept in a run folder, and the
+    same command resumes where it was stopped.
+    """
+    from layerwise.allocate.budget import Budget
+    from layerwise.allocate.solvers import SOLVERS
+    from layerwise.report import optimize as job
+    from layerwise.report.run import Run, default_folder
+
+    screen = Screen(as_json)
+    limits = {
+        "bytes": bytes,
+        "parameters": parameters,
+        "layers": layers,
+        "milliseconds": milliseconds,
+        "bits": bits,
+    }
+    budget = Budget(**limits)
+    alternatives = words(only)
+    job.parse_alternatives(alternatives)
+    SOLVERS[solver]
+    arguments = {
+        "model": full(model),
+        "budget": budget.given(),
+        "solver": solver,
+        "only": alternatives,
+        "data": full(data),
+        "seed": seed,
+    }
+    folder = output or default_folder("optimize", model, arguments)
+    with Run.open(folder, "optimize", arguments, fresh=fresh) as run:
+        done = job.optimize(
+            model, budget, run, solver=solver, only=alternatives, data=data, seed=seed, tell=screen.tell
+        )
+    screen.show(
+        f"\n{done.report}\n\nplan    {run.path('plan.json')}\nmodel   {done.model}\nreport  {done.page}"
+    )
+    screen.finish(
+        {
+            "before": done.report.before.to_json(),
+            "after": done.report.after.to_json(),
+            "plan": run.path("plan.json"),
+            "report": done.page,
+            "model": done.model,
+        }
+    )

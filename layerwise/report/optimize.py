@@ -1,0 +1,233 @@
+"""The whole job in one call: open, measure, decide, shape, verify; each step a resumable part of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerwise.allocate.apply import apply
+from layerwise.allocate.budget import Budget
+from layerwise.allocate.choices import dropped, keep, quantized
+from layerwise.allocate.losses import Alternative
+from layerwise.allocate.plan import Plan
+from layerwise.allocate.solve import allocate
+from layerwise.data.text import TextData, text_blocks
+from layerwise.errors import BadData, BadModel, BadOption
+from layerwise.measure.base import Instrument
+from layerwise.measure.engine import measure
+from layerwise.measure.identity import identity
+from layerwise.measure.leave_one_out import LeaveOneOut
+from layerwise.measure.quantization_sensitivity import QuantizationSensitivity
+from layerwise.measure.scores import Scores
+from layerwise.report.layers import kept_layers
+from layerwise.report.report import Report
+from layerwise.report.run import Run
+from layerwise.report.tried import Tried, contenders, load_tried, save_tried, try_plans
+from layerwise.report.verify import verification_text, verify
+from layerwise.spec import BITS
+from layerwise.stack.base import Stack
+from layerwise.stack.decoder import DecoderStack
+from layerwise.stack.open import open
+
+Tell = Callable[[str], None]
+BLOCKS, LENGTH = 4, 512
+WIDTHS = (8, 6, 5, 4, 3)
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """What the job made, and where it lies."""
+
+    plan: Plan
+    scores: Scores
+    tried: Sequence[Tried]
+    report: Report
+    model: Path
+    page: Path
+
+
+def optimize(
+    source: str | Path,
+    budget: Budget,
+    run: Run,
+    *,
+    solver: str = "milp",
+    only: Sequence[str] = (),
+    data: str | Path = "default",
+    seed: int = 0,
+    tell: Tell = lambda _: None,
+    progress: bool = True,
+) -> Optimized:
+    """Fit the model at `source` into `budget`, with everything that is produced kept in `run`.
+
+    `only` limits what a layer may become (see `parse_alternatives`). Text to measure on is the calibration
+    split of `data`, text to verify on its verification split. Finished steps of the run are not repeated.
+    Raises what opening, measuring, allocating, applying and verifying raise.
+    """
+    stack = _opened(source, tell)
+    run.note("model fingerprint", identity(stack))
+    alternatives = parse_alternatives(only) or defaults_for(budget)
+    calibration = calibration_text(stack, data, seed)
+    scores = run.step(
+        "scores",
+        lambda: _measure(stack, calibration, alternatives, seed, run, tell, progress),
+        file="scores.parquet",
+        save=lambda scores, path: scores.save(path),
+        load=Scores.load,
+    )
+    plan = run.step(
+        "plan",
+        lambda: _decide(scores, budget, solver, alternatives, seed, tell),
+        file="plan.json",
+        save=lambda plan, path: plan.save(path),
+        load=Plan.load,
+    )
+    model = run.step(
+        "model",
+        lambda: _shape(stack, plan, calibration, tell),
+        file="model",
+        save=lambda slim, path: slim.save(path),
+        load=lambda path: path,
+    )
+    tried = run.step(
+        "tried",
+        lambda: _try(stack, scores, budget, plan, alternatives, calibration, seed, tell, progress),
+        file="tried.json",
+        save=save_tried,
+        load=load_tried,
+    )
+    report = run.step(
+        "report",
+        lambda: _verify(stack, model, plan, data, seed, tell, progress),
+        file="report.json",
+        save=lambda report, path: report.save(path),
+        load=Report.load,
+    )
+    points = [point.to_json() for point in tried]
+    page = run.step(
+        "page",
+        lambda: report,
+        file="report.html",
+        save=lambda report, path: report.html(path, scores=scores, plan=plan.to_json(), tried=points),
+        load=lambda path: path,
+    )
+    return Optimized(plan, scores, tried, report, model, page)
+
+
+def parse_alternatives(only: Sequence[str]) -> list[Alternative]:
+    """What a layer may become, from words: a width (`8`), `drop`, `drop-attention`, `drop-feed-forward`.
+
+    Leaving a layer as it is is always possible. Raises BadOption for another word.
+    """
+    words: dict[str, Callable[[], Alternative]] = {
+        "drop": dropped,
+        "drop-attention": lambda: dropped("attention"),
+        "drop-feed-forward": lambda: dropped("feed_forward"),
+    }
+    found = [keep()] if only else []
+    for word in only:
+        if word in words:
+            found.append(words[word]())
+        elif word.isdigit() and int(word) in BITS:
+            found.append(quantized(int(word)))
+        else:
+            legal = [*map(str, BITS), *words]
+            raise BadOption(f"--only {word}", expected=f"one of: {', '.join(legal)}", do="correct the word")
+    return found
+
+
+def defaults_for(budget: Budget) -> list[Alternative]:
+    """Alternatives that can help with this budget: widths to save bytes, dropping to have fewer layers."""
+    limited = set(budget.given())
+    widths = [quantized(bits) for bits in WIDTHS] if limited & {"bytes", "bits", "milliseconds"} else []
+    drops = [dropped()] if limited & {"layers", "parameters", "milliseconds"} else []
+    return [keep(), *widths, *drops]
+
+
+def calibration_text(stack: Stack, source: str | Path, seed: int) -> TextData:
+    """Blocks to measure on, from the calibration split. Raises BadData for a model without a tokenizer."""
+    if stack.tokenizer is None:
+        raise BadData(
+            f"{stack.name}, which has no tokenizer",
+            expected="a model folder with tokenizer files",
+            do="put the tokenizer files that came with the model into its folder",
+        )
+    length = min(LENGTH, stack.spec.context)
+    return text_blocks(source, stack.tokenizer, length=length, blocks=BLOCKS, split="calibration", seed=seed)
+
+
+def instruments_for(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
+    """What must be measured to plan with `alternatives`, and what a reader wants to see beside it."""
+    widths = tuple(edit.arguments["bits"] for edit in alternatives if edit.transform == "quantize")
+    chosen: list[str | Instrument] = ["block-influence", "logit-lens-kl"]
+    if widths:
+        chosen.append(QuantizationSensitivity(bits=widths, tokens=None))
+    if any(edit.transform == "drop" for edit in alternatives):
+        chosen.append(LeaveOneOut(tokens=None))
+    return chosen
+
+
+def _opened(source: str | Path, tell: Tell) -> DecoderStack:
+    tell(f"opening {source}")
+    stack = open(source)
+    if not isinstance(stack, DecoderStack):
+        raise BadModel(
+            f"{source}, which is no decoder language model",
+            expected="a decoder of a known family",
+            do="measure other modules in Python with layerwise.measure",
+        )
+    stack.finite()
+    return stack
+
+
+def _measure(
+    stack: Stack,
+    data: TextData,
+    alternatives: Sequence[Alternative],
+    seed: int,
+    run: Run,
+    tell: Tell,
+    progress: bool,
+) -> Scores:
+    tell(f"measuring {len(stack)} layers on {data.tokens_NT.numel():,} tokens")
+    instruments = instruments_for(alternatives)
+    journal = run.path("measured.jsonl")
+    return measure(stack, data, instruments, seed=seed, progress=progress, resume=journal)
+
+
+def _decide(
+    scores: Scores, budget: Budget, solver: str, alternatives: Sequence[Alternative], seed: int, tell: Tell
+) -> Plan:
+    tell(f"deciding under the budget {budget}")
+    return allocate(scores, budget, solver=solver, alternatives=alternatives, seed=seed)
+
+
+def _shape(stack: Stack, plan: Plan, data: TextData, tell: Tell) -> DecoderStack:
+    tell("carrying out the plan and saving the model")
+    return apply(stack, plan, data)
+
+
+def _try(
+    stack: Stack,
+    scores: Scores,
+    budget: Budget,
+    plan: Plan,
+    alternatives: Sequence[Alternative],
+    data: TextData,
+    seed: int,
+    tell: Tell,
+    progress: bool,
+) -> list[Tried]:
+    plans = list(contenders(scores, budget, plan, alternatives, seed))
+    tell(f"measuring it beside {len(plans) - 1} other plans")
+    return try_plans(stack, plans, data, progress=progress)
+
+
+def _verify(
+    stack: DecoderStack, model: Path, plan: Plan, data: str | Path, seed: int, tell: Tell, progress: bool
+) -> Report:
+    tell("verifying on text that had no part in this")
+    kept = kept_layers(stack.spec, plan)
+    text = verification_text(stack, data)
+    return verify(stack, open(model), text, kept=kept, seed=seed, progress=progress)

@@ -1,0 +1,114 @@
+"""The page stands alone, escapes what it is given, and shows every chart."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from layerwise.measure.scores import Scores
+from layerwise.report.charts import bits_chart, column_chart
+from layerwise.report.report import Report
+
+Tried = list[dict[str, object]]
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes, and the contents of scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self._script = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._script = tag == "script"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._script = False
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self._script else self.words).append(data)
+
+
+@pytest.fixture(scope="module")
+def text(report: Report, scores: Scores, tried: Tried, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    return report.html(path, scores=scores, tried=tried, plan={"edits": ["<b>"]}).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    parser = Page()
+    parser.feed(text)
+    return parser
+
+
+def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
+    for tag, attributes in page.tags:
+        assert not {"src", "href"} & set(attributes), tag
+        assert tag not in ("link", "iframe", "img", "object")
+
+
+def test_plotly_is_inside_once(page: Page, text: str) -> None:
+    assert text.count("plotly.js v") == 1
+    assert len(page.scripts) == 3
+
+
+def test_every_chart_has_its_figure_and_a_description(page: Page) -> None:
+    figures = json.loads(page.scripts[0])
+    places = [attributes for tag, attributes in page.tags if "data-figure" in attributes]
+    assert {place["data-figure"] for place in places} == {"before-after", "bits", "score-0", "tried"}
+    assert set(figures) == {"before-after", "bits", "tried", "score-0", "score-1"}
+    assert all(place["role"] == "img" and place["aria-label"] for place in places)
+
+
+def test_what_is_given_is_shown_as_text(page: Page) -> None:
+    words = " ".join(page.words)
+    assert "tiny <model> & co" in words
+    assert "</script><script>alert(1)</script>" in words
+
+
+def test_every_instrument_can_be_selected(page: Page) -> None:
+    options = [attributes for tag, attributes in page.tags if tag == "option"]
+    assert [option["value"] for option in options] == ["0", "1"]
+    assert "high means important" in str(options[0]["data-about"])
+
+
+def test_words_come_before_charts(text: str) -> None:
+    assert text.index("of its bytes") < text.index("data-figure")
+
+
+def test_the_same_report_gives_the_same_page(
+    report: Report, scores: Scores, tried: Tried, text: str, tmp_path: Path
+) -> None:
+    again = report.html(tmp_path / "b.html", scores=scores, tried=tried, plan={"edits": ["<b>"]})
+    assert again.read_text() == text
+
+
+def test_a_page_without_scores_or_plans(report: Report, tmp_path: Path) -> None:
+    text = report.html(tmp_path / "report.html").read_text()
+    assert "What was tried" not in text and "Instrument" not in text
+
+
+def test_a_notebook_gets_tables_without_scripts(report: Report) -> None:
+    html = report._repr_html_()
+    assert "<table>" in html and not re.search(r"<script(?!>alert)", html)
+    assert "&lt;script&gt;alert" in html
+
+
+def test_the_heat_map_has_a_cell_for_every_matrix(report: Report) -> None:
+    (trace,) = bits_chart(report.layers).data
+    assert len(trace.z) == 7 and all(len(row) == 8 for row in trace.z)
+    assert trace.text[0][5] == "-"
+
+
+def test_a_score_chart_shows_what_is_outside_the_layers(scores: Scores) -> None:
+    (trace,) = column_chart(scores["quantization-sensitivity:4"]).data
+    assert trace.x[-1] == "embedding" and len(trace.x) == 9
