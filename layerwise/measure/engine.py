@@ -42,7 +42,7 @@ def measure(stack: Stack, data: Any, instruments: str | Instrument | Iterable[st
     parameters differ from the defaults.
 
     `seed` draws the positions at which output is compared. `batch` is the number of rows that run at once.
-    `lens_tokens` positions of every row are read through the lens; None means one in 64, which keeps all
+    `lens_tokens` positions of every row are read through the lens; None means one in 32, which keeps all
     forward instruments together within 1.5 forward passes. With `resume`, finished trials of interventions
     are appended to that file and taken from it when the same measurement starts again.
 
@@ -54,7 +54,7 @@ def measure(stack: Stack, data: Any, instruments: str | Instrument | Iterable[st
     _check(stack, inputs, chosen)
     model = identity(stack)
     sample, tokens = ("", 0) if inputs is None else fingerprint(inputs)
-    origin = [VERSION, model, sample, seed, inputs and inputs.size]
+    origin = [VERSION, model, sample, seed, None if inputs is None else inputs.size]
     journals = {instrument: Journal(Path(resume) if resume else None, [*origin, instrument.to_json()])
                 for instrument in chosen if isinstance(instrument, Intervention)}
     job = _Job(stack, inputs, chosen, seed, lens_tokens, journals)
@@ -62,7 +62,7 @@ def measure(stack: Stack, data: Any, instruments: str | Instrument | Iterable[st
         made = job.run(bar)
     columns = {column.name: column for instrument in chosen for column in made[instrument]}
     return Scores(stack.spec, columns, model, {
-        "data": inputs.name if inputs else None, "sample": sample, "tokens": tokens, "seed": seed,
+        "data": None if inputs is None else inputs.name, "sample": sample, "tokens": tokens, "seed": seed,
         "lens_tokens": lens_tokens, "instruments": [instrument.to_json() for instrument in chosen],
         "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(),
     })
@@ -104,7 +104,7 @@ class _Job:
 
     def steps(self) -> int:
         """Layer runs of everything, for the progress bar."""
-        batches = sum(1 for _ in self.inputs) if self.inputs else 1
+        batches = 1 if self.inputs is None else len(self.inputs)
         passes = len(self.stack) * (bool(self.forward) + 3 * bool(self.gradient))
         return batches * passes + sweep.cost(self.stack, self.trying)
 

@@ -28,7 +28,7 @@ from layerwise.measure.seen import Reading, Seen, Vectors
 from layerwise.stack.base import Site, Stack, State
 from layerwise.stack.decoder import DecoderStack
 
-LENS_SHARE = 64
+LENS_SHARE = 32
 """By default one token in so many is read through the lens, which keeps the head's cost below the layers'."""
 
 HALVES: tuple[Site, ...] = ("attention", "feed_forward")
@@ -39,7 +39,7 @@ BeforeLayer = Callable[[int], None]
 class Pass:
     """What one pass is asked for, and the tallies it fills.
 
-    `lens_tokens` is the number of positions read in every row, None for one in 64.
+    `lens_tokens` is the number of positions read in every row, None for one in 32.
     """
 
     instruments: Sequence[Forward[Any]]
@@ -111,21 +111,25 @@ class View:
     earlier: deque[Vectors]
 
     def show(self, wanted: Pass, layer: int, sites: dict[str, Vectors]) -> None:
-        """Show one layer to the instruments. Raises BadModel where it put out NaN or infinity."""
-        output = sites["output"]
-        mask_BT = self._fitting(output)
-        squares_BT = output.squares_BT if mask_BT is None else output.squares_BT[mask_BT]
-        if not bool(torch.isfinite(squares_BT.sum())):
-            raise BadModel(f"activations after layer {layer} are NaN or infinite, from batch {self.index} on",
-                           expected="finite activations",
-                           do="check that layer's weights, or compute in float32: open(..., dtype='float32')")
-        wanted.show(layer, Seen(sites, mask_BT, self.earlier))
+        """Show one layer to the instruments. Raises BadModel where it holds NaN or infinity."""
+        if layer == 0:
+            self._check(sites["input"], "entering layer 0")
+        self._check(sites["output"], f"after layer {layer}")
+        wanted.show(layer, Seen(sites, self._fitting(sites["output"]), self.earlier))
         self.earlier.append(sites["input"])
 
-    def _fitting(self, output: Vectors) -> Tensor | None:
+    def _check(self, vectors: Vectors, where: str) -> None:
+        mask_BT = self._fitting(vectors)
+        squares_BT = vectors.squares_BT if mask_BT is None else vectors.squares_BT[mask_BT]
+        if not bool(torch.isfinite(squares_BT.sum())):
+            raise BadModel(f"activations {where} are NaN or infinite, first in batch {self.index}",
+                           expected="finite activations",
+                           do="check the weights there, or compute in float32: open(..., dtype='float32')")
+
+    def _fitting(self, vectors: Vectors) -> Tensor | None:
         """The mask, where there is a token for each of its entries."""
-        fits = self.mask_BT is not None and output.x_BTC.shape[:2] == self.mask_BT.shape
-        return self.mask_BT.to(output.x_BTC.device) if fits and self.mask_BT is not None else None
+        fits = self.mask_BT is not None and vectors.x_BTC.shape[:2] == self.mask_BT.shape
+        return self.mask_BT.to(vectors.x_BTC.device) if fits and self.mask_BT is not None else None
 
 
 @dataclass

@@ -6,7 +6,8 @@ Shapes: N rows, B rows of a batch, T tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,12 @@ class Inputs:
         if isinstance(data, Tensor):
             data = list(data.split(size or _rows(stack, data)))
         self.data = Batches(data).items if isinstance(data, Iterator) else data
+
+    def __len__(self) -> int:
+        """Number of batches; 1 where the data does not say."""
+        if isinstance(self.data, TextData):
+            return math.ceil(len(self.data) / (self.size or 8))
+        return len(self.data) if isinstance(self.data, Sized) else 1
 
     def __iter__(self) -> Iterator[Input]:
         items = self._texts() if isinstance(self.stack, DecoderStack) else self._calls()
