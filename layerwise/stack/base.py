@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from layerwise.errors import BadOption
 from layerwise.spec import StackSpec
@@ -139,7 +140,7 @@ class Stack(ABC):
             for handle in handles:
                 handle.remove()
 
-    def _watch(self, seen: Seen, layer: int, site: Site) -> Any:
+    def _watch(self, seen: Seen, layer: int, site: Site) -> RemovableHandle:
         def keep(value: Any) -> None:
             seen[layer, site] = first_tensor(value)
 
@@ -152,17 +153,19 @@ class Stack(ABC):
     @contextmanager
     def edit(self, layer: int, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Pass the tensor at one site through `change` while the context lasts; always restored."""
-        module = self.module(layer, site)
-        if site == "input":
-            handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs: change_call(args, kwargs, change), with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(
-                lambda _, __, out: replace_first(out, change(first_tensor(out))))
+        handle = self._hook(layer, site, change)
         try:
             yield
         finally:
             handle.remove()
+
+    def _hook(self, layer: int, site: Site, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        module = self.module(layer, site)
+        if site == "input":
+            return module.register_forward_pre_hook(
+                lambda _, args, kwargs: change_call(args, kwargs, change), with_kwargs=True)
+        return module.register_forward_hook(
+            lambda _, __, out: replace_first(out, change(first_tensor(out))))
 
     def skip(self, layer: int) -> AbstractContextManager[None]:
         """Leave a layer out: what enters it leaves it."""

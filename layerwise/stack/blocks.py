@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -19,7 +19,6 @@ from layerwise.stack.graph import called
 
 Layers = dict[str, nn.Module]
 Test = Callable[[nn.Module], bool]
-Chooser = Callable[[nn.Module], set[str]]
 
 
 def find(module: nn.Module, blocks: Test | Sequence[str] | None = None) -> Layers:
@@ -43,26 +42,43 @@ def find(module: nn.Module, blocks: Test | Sequence[str] | None = None) -> Layer
     return found
 
 
+# in lists ---------------------------------------------------------------------------------------
+
+
 def repeated(module: nn.Module) -> Layers:
     """The layers by the lists that hold them; empty if no list holds two."""
-    composite = [child for parent in module.modules() for child in _blocks(parent).values()]
-    counts = Counter(map(_structure, composite))
-    alike = {kind for (kind, _), count in counts.items() if count > 1}
-    for choose in (_blocks_of(alike), _blocks_of(set(map(type, composite))), _plain_layers):
-        found = _collect("", module, choose, set())
-        if len(found) > 1:
-            return found
-    return {}
+    found = _alike(module)
+    if len(found) < 2:
+        found = _unique((path, _blocks(parent)) for path, parent in _outer_lists("", module))
+    if len(found) < 2:
+        found = _unique((path, _plain(parent)) for path, parent in module.named_modules())
+    return found if len(found) > 1 else {}
 
 
-def traced(module: nn.Module, prefix: str = "") -> Layers:
-    """The children with parameters in call order; a lone child is looked into. Empty if not known."""
-    order = called(module)
-    if len(order) == 1:
-        return traced(module.get_submodule(order[0]), f"{prefix}{order[0]}.")
-    if len(order) < 2 or len(set(order)) != len(order):
-        return {}
-    return {f"{prefix}{path}": module.get_submodule(path) for path in order}
+def _alike(module: nn.Module) -> Layers:
+    """Blocks of every kind that repeats a structure; blocks of other kinds (stages) are looked into."""
+    found: Layers = {}
+    inside: Layers = {"": module}
+    while inside:
+        lists = [item for path, part in inside.items() for item in _outer_lists(path, part)]
+        blocks = _unique((path, _blocks(parent)) for path, parent in lists)
+        counts = Counter(map(_structure, blocks.values()))
+        kinds = {kind for (kind, _), count in counts.items() if count > 1}
+        chosen = _unique((path, _of_kinds(parent, kinds)) for path, parent in lists)
+        found |= chosen
+        inside = {path: block for path, block in blocks.items() if path not in chosen}
+    order = {part: place for place, part in enumerate(module.modules())}
+    return dict(sorted(found.items(), key=lambda item: order[item[1]]))
+
+
+def _outer_lists(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The lists of blocks in `module` that are not inside a block of such a list."""
+    blocks = _blocks(module)
+    if blocks:
+        yield path, module
+    for name, child in module.named_children():
+        if name not in blocks:
+            yield from _outer_lists(_join(path, name), child)
 
 
 def _members(parent: nn.Module) -> Layers:
@@ -78,41 +94,53 @@ def _blocks(parent: nn.Module) -> Layers:
             if list(child.children()) and not isinstance(child, (nn.ModuleList, nn.ModuleDict))}
 
 
-def _structure(module: nn.Module) -> tuple[type, Hashable]:
-    return type(module), tuple((name, p.shape) for name, p in module.named_parameters())
+def _of_kinds(parent: nn.Module, kinds: set[type]) -> Layers:
+    """A ModuleList with layers holds only layers; a Sequential may begin and end with other things."""
+    blocks = _blocks(parent)
+    wanted = {name: child for name, child in blocks.items() if type(child) in kinds}
+    return blocks if wanted and isinstance(parent, nn.ModuleList) else wanted
 
 
-def _blocks_of(kinds: set[type]) -> Chooser:
-    def choose(parent: nn.Module) -> set[str]:
-        """A ModuleList with layers holds only layers; a Sequential may begin and end with other things."""
-        blocks = _blocks(parent)
-        wanted = {name for name, child in blocks.items() if type(child) in kinds}
-        return set(blocks) if wanted and isinstance(parent, nn.ModuleList) else wanted
-    return choose
-
-
-def _plain_layers(parent: nn.Module) -> set[str]:
+def _plain(parent: nn.Module) -> Layers:
     """Of a list's plain layers, the class that holds most parameters."""
     members = {name: child for name, child in _members(parent).items() if not list(child.children())}
     weight: Counter[type] = Counter()
     for child in members.values():
         weight[type(child)] += sum(p.numel() for p in child.parameters())
     main = weight.most_common(1)[0][0] if weight else None
-    return {name for name, child in members.items() if type(child) is main}
+    return {name: child for name, child in members.items() if type(child) is main}
 
 
-def _collect(prefix: str, parent: nn.Module, choose: Chooser, seen: set[nn.Module]) -> Layers:
+def _structure(module: nn.Module) -> tuple[type, Hashable]:
+    return type(module), tuple((name, p.shape) for name, p in module.named_parameters())
+
+
+def _unique(lists: Iterable[tuple[str, Layers]]) -> Layers:
+    """The chosen members of all lists by full path, each module once."""
     found: Layers = {}
-    chosen = choose(parent)
-    for name, child in parent.named_children():
-        if child in seen:
-            continue
-        seen.add(child)
-        if name in chosen:
-            found[f"{prefix}{name}"] = child
-        else:
-            found |= _collect(f"{prefix}{name}.", child, choose, seen)
+    seen: set[nn.Module] = set()
+    for path, members in lists:
+        for name, child in members.items():
+            if child not in seen:
+                seen.add(child)
+                found[_join(path, name)] = child
     return found
+
+
+# by tracing -------------------------------------------------------------------------------------
+
+
+def traced(module: nn.Module, prefix: str = "") -> Layers:
+    """The children with parameters in call order; a lone child is looked into. Empty if not known."""
+    order = called(module)
+    if len(order) == 1:
+        return traced(module.get_submodule(order[0]), _join(prefix, order[0]))
+    if len(order) < 2 or len(set(order)) != len(order):
+        return {}
+    return {_join(prefix, path): module.get_submodule(path) for path in order}
+
+
+# as given ---------------------------------------------------------------------------------------
 
 
 def _outermost(path: str, module: nn.Module, test: Test) -> Iterator[tuple[str, nn.Module]]:
@@ -120,7 +148,7 @@ def _outermost(path: str, module: nn.Module, test: Test) -> Iterator[tuple[str, 
         yield path, module
         return
     for name, child in module.named_children():
-        yield from _outermost(f"{path}.{name}" if path else name, child, test)
+        yield from _outermost(_join(path, name), child, test)
 
 
 def _by_path(module: nn.Module, paths: Sequence[str]) -> Layers:
@@ -137,3 +165,7 @@ def _by_path(module: nn.Module, paths: Sequence[str]) -> Layers:
         raise BadOption("blocks that hold one another, or the same one twice", expected="separate modules",
                         do="name each layer once, and nothing inside a layer")
     return found
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

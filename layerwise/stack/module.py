@@ -20,10 +20,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from layerwise.errors import BadOption
 from layerwise.spec import DTYPE_BYTES, LayerSpec, Opaque, StackSpec
-from layerwise.stack.base import Site, Stack, State
+from layerwise.stack.base import Seen, Site, Stack, State
 from layerwise.stack.blocks import find
 from layerwise.stack.graph import halves
 from layerwise.stack.replay import Call, Passing, Replay, intercepted
@@ -141,6 +142,13 @@ class ModuleStack(Stack):
                             expected="a layer that computes input + attention + feed-forward",
                             do="use the sites 'input' and 'output' for this network")
         return block.get_submodule(child)
+
+    def _watch(self, seen: Seen, layer: int, site: Site) -> RemovableHandle:
+        """Keeps the tensor itself and lets the pass go on with a copy, which glue may change in place."""
+        def keep(x: Tensor) -> Tensor:
+            seen[layer, site] = x
+            return x.clone()
+        return self._hook(layer, site, keep)
 
 
 def table(module: nn.Module, layers: Mapping[str, nn.Module]) -> StackSpec:

@@ -156,7 +156,7 @@ def test_the_halves_sum_to_what_a_layer_adds(stack: DecoderStack, tokens_BT: Ten
 def test_a_missing_half_is_no_site(tiny_stack: DecoderStack) -> None:
     block: Any = tiny_stack.block(1)
     without = tiny_stack.swap(1, block.without("attention"))
-    with without, pytest.raises(BadOption, match="site .attention. of layer 1"):
+    with without, pytest.raises(BadOption, match=r"site .attention. of layer 1"):
         tiny_stack.module(1, "attention")
     tiny_stack.module(1, "attention")
 
