@@ -194,6 +194,7 @@ def _llama_like(file: GGUFFile, architecture: str) -> dict[str, Any]:
         "head_dim": width, "max_position_embeddings": data["context_length"], "hidden_act": "silu",
         "rms_norm_eps": _rounded(data["attention.layer_norm_rms_epsilon"]),
         "rope_parameters": _rope(file, data, width), "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
     if data.get("rope.dimension_count", width) != width:
         raise BadModel(f"{file.path} rotates {data['rope.dimension_count']} of {width} dimensions of a head",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -15,6 +16,11 @@ from layerwise.nets.families.base import Link
 from layerwise.spec import StackSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+LAYER = re.compile(r".*?\d+\.")
+HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+"""Endings of stored tensors that older writers kept though they are constants."""
 
 
 class Weights:
@@ -62,13 +68,25 @@ class Weights:
                 yield f"layers.{index}.{name}", tensor
 
     def check(self) -> None:
-        """Compare names and shapes with the table; reads no weights. Raises BadFile naming the tensor."""
+        """Compare names and shapes with the table; reads no weights.
+
+        Raises BadFile naming a tensor that is absent, misshapen, or in a layer without a place for it.
+        """
         present = self.checkpoint.names()
+        used: set[str] = set()
         for name, (shape, _) in self.expected.items():
-            for link in self._links.get(name, [Link(name, name)]):
+            for link in self._links[name]:
                 if link.theirs not in present:
                     raise missing(link.theirs, self.checkpoint)
                 _check_shape(link, self.checkpoint, shape)
+                used.add(link.theirs)
+        layers = {match[0] for match in map(LAYER.match, used) if match}
+        for name in sorted(present - used):
+            match = LAYER.match(name)
+            if match and match[0] in layers and not name.endswith(HARMLESS):
+                raise BadFile(f"{self.checkpoint.place} has a tensor {name} for which its configuration has no use",
+                              expected=f"the tensors of a {self.spec.family}",
+                              do="correct config.json, or open the model as a module through transformers")
 
     def finite(self) -> None:
         """Read every weight once. Raises BadModel naming the first tensor that holds NaN or infinity."""

@@ -47,12 +47,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name to (model type, configuration on top of SHARED)."""
 
 
-def tiny(case: str) -> Any:
+def tiny(case: str, **changes: Any) -> Any:
     """A random model in float32, its biases and norms random too, so that none of them can be forgotten."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, own = CASES[case]
-    config = AutoConfig.for_model(kind, **(own if kind == "gpt2" else SHARED | own))
+    config = AutoConfig.for_model(kind, **(own if kind == "gpt2" else SHARED | own) | changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
