@@ -266,7 +266,8 @@ class StackSpec:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> StackSpec:
         """The inverse of `to_json`. Raises BadOption on an unknown or missing key."""
-        return _decode(StackSpec, value)
+        spec: StackSpec = _decode(StackSpec, value)
+        return spec
 
     def table(self) -> str:
         """A short text table, one line for a run of equal rows."""

@@ -83,7 +83,8 @@ def _walk(stack: Stack, state: State) -> Iterator[State]:
 
 def _relative(clean_BTC: Tensor, changed_BTC: Tensor) -> Tensor:
     change_BT = (clean_BTC.float() - changed_BTC.float()).norm(dim=-1)
-    return change_BT / clean_BTC.float().norm(dim=-1).clamp(min=SMALLEST)
+    relative_BT: Tensor = change_BT / clean_BTC.float().norm(dim=-1).clamp(min=SMALLEST)
+    return relative_BT
 
 
 def _prediction(stack: Stack, state: State, seen_BT: Tensor) -> Tensor:

@@ -17,6 +17,11 @@ from layerwise.nets.norms import build_norm
 class Attention(nn.Module):
     """One attention layer; its four matrices may be dense or packed linear layers."""
 
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+
     def __init__(self, attention: spec.Attention, hidden: int, norm: spec.Norm) -> None:
         super().__init__()
         self.spec = attention

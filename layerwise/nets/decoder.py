@@ -56,7 +56,7 @@ class Block(nn.Module):
             self.feed_forward = Branch(build_feed_forward(row.feed_forward, hidden), row, hidden)
         for name, packed in row.formats.items():
             dense = self.matrix(name)
-            body = self._branch(name).body
+            body = self.branch(name).body
             setattr(body, name, PackedLinear.empty(dense.out_features, dense.in_features, packed,
                                                    bias=dense.bias is not None))
 
@@ -69,13 +69,13 @@ class Block(nn.Module):
 
     def matrix(self, name: str) -> nn.Linear | PackedLinear:
         """The linear layer called `name` (q, k, v, o, gate, up, down)."""
-        return getattr(self._branch(name).body, name)  # type: ignore[no-any-return]
+        return getattr(self.branch(name).body, name)  # type: ignore[no-any-return]
 
     def matrices(self) -> dict[str, nn.Linear | PackedLinear]:
         """Every linear layer of the block that can be packed, by name."""
         present = {part for part in ("attention", "feed_forward") if getattr(self, part) is not None}
         return {name: self.matrix(name) for name, part in MATRICES.items()
-                if part in present and hasattr(self._branch(name).body, name)}
+                if part in present and hasattr(self.branch(name).body, name)}
 
     def with_matrices(self, new: Mapping[str, nn.Module]) -> Block:
         """A copy that shares everything but the given linear layers."""
@@ -85,7 +85,7 @@ class Block(nn.Module):
             branch.body = _shallow(branch.body)
             setattr(block, part, branch)
         for name, module in new.items():
-            setattr(block._branch(name).body, name, module)
+            setattr(block.branch(name).body, name, module)
         return block
 
     def without(self, part: Part) -> Block:
@@ -94,7 +94,8 @@ class Block(nn.Module):
         setattr(block, part, None)
         return block
 
-    def _branch(self, name: str) -> Branch:
+    def branch(self, name: str) -> Branch:
+        """The half of the block that holds the matrix `name`."""
         branch = getattr(self, MATRICES[name])
         if branch is None:
             raise KeyError(f"this block has no {MATRICES[name]}, so no matrix {name!r}")
@@ -111,7 +112,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(spec.learned_positions, spec.hidden) if spec.learned_positions else None
         self.layers = nn.ModuleList(Block(row, spec.hidden) for row in spec.rows)
         self.norm = build_norm(spec.final_norm, spec.hidden)
-        self.head: nn.Module | None = None if spec.tied else _table(spec.head_format, spec)
+        self.head: nn.Embedding | PackedEmbedding | None = None if spec.tied else _table(spec.head_format, spec)
 
     def embed(self, tokens_BT: Tensor, flow: Flow) -> Tensor:
         """Token (and learned position) embeddings, [B, T, C]."""

@@ -24,6 +24,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) where the row is not gated."""
 
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
     def __init__(self, feed_forward: spec.FeedForward, hidden: int) -> None:
         super().__init__()
         self.spec = feed_forward

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.errors import BadOption, MissingExtra
-from layerwise.nets.decoder import MATRICES, Decoder
+from layerwise.nets.decoder import MATRICES, Block, Decoder
 from layerwise.stack.decoder import DecoderStack
 from layerwise.train.loop import Recipe, train
 
@@ -92,11 +92,10 @@ def untied(stack: DecoderStack) -> DecoderStack:
     """The same model with a head of its own: a copy of the embedding."""
     if not stack.spec.tied:
         return stack
-    weight = stack.decoder.embedding.weight
-    head = nn.Embedding(*weight.shape, _weight=weight.detach().clone())  # type: ignore[arg-type, misc]
-    return stack.rebuilt(
-        replace(stack.spec, tied=False), list(stack.decoder.layers), head=head.requires_grad_(False)
-    )
+    embedding = stack.decoder.embedding
+    assert isinstance(embedding, nn.Embedding)
+    head = nn.Embedding.from_pretrained(embedding.weight.detach().clone())
+    return stack.rebuilt(replace(stack.spec, tied=False), list(stack.decoder.layers), head=head)
 
 
 def _adapt(stack: DecoderStack, method: Lora, seed: int) -> None:
@@ -115,8 +114,8 @@ def _adapt(stack: DecoderStack, method: Lora, seed: int) -> None:
 def _merge(decoder: Decoder) -> None:
     """Fold the adapters into the matrices and put the plain linear layers back."""
     for block in decoder.layers:
-        for part in (block.attention, block.feed_forward):
-            for name, module in list(part.body.named_children()) if part is not None else []:
-                if hasattr(module, "merge"):
-                    module.merge()
-                    setattr(part.body, name, module.base_layer)
+        assert isinstance(block, Block)
+        for name, module in block.matrices().items():
+            if hasattr(module, "merge"):
+                module.merge()  # type: ignore[operator]
+                setattr(block.branch(name).body, name, module.base_layer)

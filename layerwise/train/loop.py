@@ -52,7 +52,7 @@ def train(
                 do=f"lower the learning rate ({recipe.learning_rate})",
             )
         optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
         schedule.step()

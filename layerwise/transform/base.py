@@ -31,4 +31,4 @@ class Transform(ABC):
 
     @abstractmethod
     def apply(self, block: nn.Module, row: LayerSpec, stats: Stats | None = None) -> nn.Module | None:
-        """A new block for the edited `row`; None where the layer is gone."""
+        """A new block for `block`, whose row before the edit is `row`; None where the layer is gone."""
