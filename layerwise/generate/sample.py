@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadData, BadOption
+from layerwise.generate.skip import run_layers
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import Caches, DecoderStack
 
@@ -109,9 +110,15 @@ def _tokens(
 
 
 @torch.inference_mode()
-def next_logits(stack: DecoderStack, tokens_BT: Tensor, caches: Caches) -> Tensor:
-    """Logits [B, V] after `tokens_BT`, which are added to `caches`; the head sees the last position only."""
-    state = stack.run(stack.start(tokens_BT, caches=caches))
+def next_logits(
+    stack: DecoderStack, tokens_BT: Tensor, caches: Caches, layers: tuple[int, ...] | None = None
+) -> Tensor:
+    """Logits [B, V] after `tokens_BT`, which are added to `caches`; the head sees the last position only.
+
+    With `layers` the tokens run only these; a sequence that has left a layer out cannot go back to it.
+    """
+    state = stack.start(tokens_BT, caches=caches)
+    state = stack.run(state) if layers is None else run_layers(stack, state, layers)
     return stack.finish(state.moved(state.hidden[:, -1:], state.layer))[:, -1]
 
 

@@ -18,8 +18,8 @@ def unified(layers: int, speedup: float) -> tuple[int, ...]:
     The first and last layer are always kept; between them every step-th one until the quota is met. Raises
     BadOption where fewer than three layers would be left.
     """
-    kept = int(layers / speedup)
-    if speedup < 1 or kept < 3:
+    kept = int(layers / speedup) if speedup >= 1 else 0
+    if kept < 3:
         raise BadOption(
             f"a speed-up of {speedup} for {layers} layers",
             expected=f"between 1 and {layers / 3:g}",

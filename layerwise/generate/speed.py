@@ -14,15 +14,24 @@ from layerwise.stack.base import Stack
 from layerwise.stack.decoder import Caches, DecoderStack
 
 
-def decode_speed(stack: Stack, prompt_tokens: int = 64, new_tokens: int = 48, *, repeats: int = 3) -> float:
+def decode_speed(
+    stack: Stack,
+    prompt_tokens: int = 64,
+    new_tokens: int = 48,
+    *,
+    repeats: int = 3,
+    layers: tuple[int, ...] | None = None,
+) -> float:
     """New tokens per second of one greedy stream, after a prompt of random tokens whose time is left out.
 
-    The median of `repeats` after a warm-up. Raises BadOption for a stack that is no decoder.
+    The prompt runs all layers, new tokens all or only `layers`. The median of `repeats` after a warm-up.
+    Raises BadOption for a stack that is no decoder.
     """
     decoder = _decoder(stack)
     prompt_BT = _random_tokens(decoder, prompt_tokens)
-    _decode(decoder, prompt_BT, min(new_tokens, 8))
-    return statistics.median(new_tokens / _decode(decoder, prompt_BT, new_tokens) for _ in range(repeats))
+    _decode(decoder, prompt_BT, min(new_tokens, 8), layers)
+    times = [_decode(decoder, prompt_BT, new_tokens, layers) for _ in range(repeats)]
+    return new_tokens / statistics.median(times)
 
 
 def prefill_speed(stack: Stack, tokens: int = 1024, *, repeats: int = 3) -> float:
@@ -36,13 +45,13 @@ def prefill_speed(stack: Stack, tokens: int = 1024, *, repeats: int = 3) -> floa
     return statistics.median(prompt_BT.shape[1] / _prefill(decoder, prompt_BT) for _ in range(repeats))
 
 
-def _decode(stack: DecoderStack, prompt_BT: Tensor, count: int) -> float:
+def _decode(stack: DecoderStack, prompt_BT: Tensor, count: int, layers: tuple[int, ...] | None) -> float:
     caches: Caches = {}
     token_BT = next_logits(stack, prompt_BT, caches).argmax(-1, keepdim=True)
     _wait(stack)
     began = time.perf_counter()
     for _ in range(count):
-        token_BT = next_logits(stack, token_BT, caches).argmax(-1, keepdim=True)
+        token_BT = next_logits(stack, token_BT, caches, layers).argmax(-1, keepdim=True)
     _wait(stack)
     return time.perf_counter() - began
 

@@ -67,7 +67,7 @@ class DecoderStack(Stack):
         continue a sequence. Raises BadOption on no tokens, tokens outside the vocabulary, or a mask that does
         not fit.
         """
-        past = max((cache.length for cache in caches.values()), default=0) if caches else 0
+        past = max(cache.length for cache in caches.values()) if caches else 0
         tokens_BT = tokens_BT.to(self.device)
         self._check(tokens_BT, mask_BT, past)
         valid_BS = None if mask_BT is None or bool(mask_BT.all()) else mask_BT.to(self.device, torch.bool)
