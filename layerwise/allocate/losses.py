@@ -1,9 +1,10 @@
 """How much an alternative is predicted to cost in quality: measured where it was tried, else a surrogate.
 
-Measured losses are nats per token, from columns that tried the alternative on the model. Without any, one
-or more importance columns stand in: loss(layer, alternative) = importance(layer) * distortion(alternative),
-which only orders choices. The distortion of b bits is 4^-b, since each bit halves the rounding step and so
-quarters the noise power; taking the whole layer away is 1.
+Measured losses are nats per token, from columns that tried the alternative on the model; one below zero
+counts as zero, since a sample of text cannot show that less of a model is more. Without any measured
+column, one or more importance columns stand in: loss(layer, alternative) = importance(layer) *
+distortion(alternative), which only orders choices. The distortion of b bits is 4^-b, since each bit halves
+the rounding step and so quarters the noise power; taking the whole layer away is 1.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Losses:
         if alternative.transform is None:
             return 0.0
         if self.measured:
-            return _measured(self.scores, alternative, target)
+            loss = _measured(self.scores, alternative, target)
+            return loss if math.isnan(loss) else max(loss, 0.0)
         return self._importance(target) * alternative.distortion
 
     def _importance(self, target: Target) -> float:

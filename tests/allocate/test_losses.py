@@ -25,6 +25,11 @@ def test_measured_losses_are_taken_as_they_are() -> None:
     assert math.isnan(losses.of(FOUR, "head"))
 
 
+def test_a_measured_gain_counts_as_no_loss() -> None:
+    losses = predict(scores({"leave-one-out": [-0.1, 0.1]}), [KEEP, DROP], None)
+    assert [losses.of(DROP, layer) for layer in range(2)] == [0, 0.1]
+
+
 def test_matrices_measured_one_by_one_add_up() -> None:
     table = scores({f"quantization-sensitivity:{m}:4": [0.01, 0.02] for m in MATRICES}, {"embedding": 0.5})
     losses = predict(table, [FOUR], None)

@@ -20,6 +20,8 @@ from layerwise.allocate.solvers.problem import Floats, Indices, Problem
 from layerwise.errors import BadBudget
 
 STOPPED, INFEASIBLE = 1, 2
+TIE = 1e-8
+"""Of choices that lose the same the first in its group is taken; a share of the largest loss."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Milp(Solver):
     def _solve(self, problem: Problem, room: float) -> Indices:
         real_GC = np.isfinite(problem.loss_GC)
         loss_X = problem.loss_GC[real_GC]
-        scale = np.abs(loss_X).max() or 1.0
+        scaled_X = 1e3 * (loss_X / (np.abs(loss_X).max() or 1.0) + TIE * np.nonzero(real_GC)[1])
         cost_KX = problem.cost_KGC[:, real_GC]
-        found = self._highs(1e3 * loss_X / scale, real_GC, cost_KX, room)
+        found = self._highs(scaled_X, real_GC, cost_KX, room)
         if found.x is None:
             raise self._failure(found.status, problem, real_GC, cost_KX)
         x_GC = np.zeros(real_GC.shape)

@@ -48,6 +48,11 @@ def test_the_unit_of_the_loss_does_not_matter(scale: float) -> None:
     assert [choice.label for choice in Milp().solve(scaled, {"bytes": 300})] == labels
 
 
+def test_of_equal_choices_the_first_is_taken() -> None:
+    groups = [[dataclasses.replace(choice, loss=0.0) for choice in group] for group in problem(0)]
+    assert {choice.label for choice in Milp().solve(groups, {"bytes": 10_000})} == {"keep"}
+
+
 def test_limits_that_contradict_each_other_name_the_nearest_pair() -> None:
     groups = [[dataclasses.replace(choice, cost={**choice.cost, "milliseconds": 200 - choice.cost["bytes"]})
                for choice in group] for group in problem(0)]
