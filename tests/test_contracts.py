@@ -3,7 +3,7 @@
 import pytest
 
 from layerwise import testing
-from layerwise.allocate import SOLVERS
+from layerwise.allocate.solvers import SOLVERS
 from layerwise.measure import INSTRUMENTS
 from layerwise.transform.base import Transform
 from layerwise.transform.drop import Drop
