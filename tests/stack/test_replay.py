@@ -109,6 +109,24 @@ def test_glue_may_change_outputs_in_place_and_use_them_later(make: Callable[[str
     assert all(torch.equal(a, b[0]) for a, b in zip(kept, state.shared.outputs, strict=True))
 
 
+def test_a_block_may_change_its_input_in_place() -> None:
+    module = nn.Sequential(*(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(3)))
+    stack = ModuleStack(module)
+    x = torch.randn(2, 4)
+    expected = module(x.clone())
+    state = stack.run(stack.start(x.clone()), slice(0, 1))
+    kept = state.hidden.clone()
+    assert torch.equal(stack.finish(stack.run(state)), expected)
+    assert torch.equal(state.hidden, kept)
+
+
+def test_what_a_state_holds_at_the_end_is_what_the_tail_gets(make: Callable[[str], Any]) -> None:
+    network = make("sequential")
+    stack = ModuleStack(network.module)
+    state = stack.run(network.call(stack.start))
+    assert torch.equal(stack.finish(state.moved(-state.hidden, 4)), network.module[4](-state.hidden))
+
+
 # passes that do not fit -------------------------------------------------------------------------
 
 
