@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from layerwise.nets.decoder import Decoder
 from layerwise.spec import StackSpec
@@ -11,17 +12,21 @@ from layerwise.stack.decoder import DecoderStack
 
 def fresh(spec: StackSpec, seed: int = 0, name: str = "fresh") -> DecoderStack:
     """A decoder of Gaussian weights with standard deviation 1 / sqrt(inputs); norms one, biases zero."""
-    decoder = Decoder(spec)
+    with torch.device("meta"):
+        decoder = Decoder(spec)
     generator = torch.Generator().manual_seed(seed)
-    for path, parameter in decoder.named_parameters():
-        if parameter.dim() > 1:
-            values = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
-        elif path.endswith("bias"):
-            values = torch.zeros(parameter.shape)
-        else:
-            values = torch.full(parameter.shape, 1.0 - _offset(spec, path))
-        parameter.data = values.to(getattr(torch, spec.dtype))
+    tensors = {path: _values(spec, path, weight, generator) for path, weight in decoder.named_parameters()}
+    decoder.load_state_dict(tensors, assign=True)
     return DecoderStack(decoder.requires_grad_(False).eval(), name=name)
+
+
+def _values(spec: StackSpec, path: str, weight: Tensor, generator: torch.Generator) -> Tensor:
+    if weight.dim() > 1:
+        values = torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5
+    else:
+        values = torch.full(weight.shape, 0.0 if path.endswith("bias") else 1.0 - _offset(spec, path))
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return values.to(dtype)
 
 
 def _offset(spec: StackSpec, path: str) -> float:

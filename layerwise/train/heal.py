@@ -50,20 +50,21 @@ def heal(
 ) -> tuple[DecoderStack, list[float]]:
     """Train a float32 copy of `stack` on blocks of tokens; returns it in the dtype of `stack`, and the losses.
 
-    Raises BadOption for a packed stack (train before quantizing) and MissingExtra where PEFT is needed.
+    The recipe's seed draws batches, adapters and dropout; the global generator is left as it was. Raises
+    BadOption for a packed stack (train before quantizing) and MissingExtra where PEFT is needed.
     """
     if stack.spec.packed():
-        raise BadOption(
-            "healing a stack with packed matrices", expected="dense weights", do="heal, then quantize"
-        )
-    trained = stack.copied(torch.float32)
-    if isinstance(method, Lora):
-        _adapt(trained, method, recipe.seed if recipe else 0)
-    else:
-        trained = _partial(trained, method)
-    trained.decoder.train()
-    parameters = [p for p in trained.decoder.parameters() if p.requires_grad]
-    losses = train(parameters, lambda tokens_BT: loss(trained, tokens_BT), tokens_NT, recipe or Recipe())
+        raise BadOption("healing a stack with packed matrices", expected="dense weights", do="heal, then quantize")
+    recipe, trained = recipe or Recipe(), stack.copied(torch.float32)
+    with torch.random.fork_rng([stack.device] if stack.device.type == "cuda" else []):
+        torch.manual_seed(recipe.seed)
+        if isinstance(method, Lora):
+            _adapt(trained, method)
+        else:
+            trained = _partial(trained, method)
+        trained.decoder.train()
+        parameters = [p for p in trained.decoder.parameters() if p.requires_grad]
+        losses = train(parameters, lambda tokens_BT: loss(trained, tokens_BT), tokens_NT, recipe)
     if isinstance(method, Lora):
         _merge(trained.decoder)
     healed = trained.copied(stack.dtype)
@@ -98,13 +99,12 @@ def untied(stack: DecoderStack) -> DecoderStack:
     return stack.rebuilt(replace(stack.spec, tied=False), list(stack.decoder.layers), head=head)
 
 
-def _adapt(stack: DecoderStack, method: Lora, seed: int) -> None:
+def _adapt(stack: DecoderStack, method: Lora) -> None:
     """Put PEFT adapters on every matrix, in place; only they are trainable."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise MissingExtra("peft", "peft", "healing with adapters") from error
-    torch.manual_seed(seed)
     config = LoraConfig(
         r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, target_modules=list(MATRICES)
     )

@@ -47,7 +47,7 @@ def train(
         value = loss(tokens_BT)
         if not bool(torch.isfinite(value)):
             raise BadOption(
-                f"a loss of {float(value)} at step {len(losses)}",
+                f"a loss of {float(value.detach())} at step {len(losses)}",
                 expected="a finite loss",
                 do=f"lower the learning rate ({recipe.learning_rate})",
             )
