@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,34 +88,43 @@ def _read_folder(folder: Path, dtype: str | None) -> Source:
     config = read_json(folder / "config.json")
     checkpoint: Checkpoint = SafetensorsCheckpoint(folder)
     links: list[Link] | None = None
-    if config.get("model_type") == "layerwise":
-        spec = _table(folder, config)
-    else:
-        family, config = _family(folder, config)
-        spec = _spec(folder, family, config | _stored_dtype(config, checkpoint))
-        links = list(family.links(spec))
-        checkpoint = _spelled(checkpoint, links)
-    spec = _in_dtype(spec, dtype)
+    with _sensible(folder / "config.json"):
+        if config.get("model_type") == "layerwise":
+            spec = StackSpec.from_json(config["layer_table"])
+        else:
+            family, config = _family(folder, config)
+            _countable(config, checkpoint)
+            spec = family.spec(config | _stored_dtype(config, checkpoint))
+            links = list(family.links(spec))
+            checkpoint = _spelled(checkpoint, links)
+        spec = _in_dtype(spec, dtype)
+        weights = Weights(checkpoint, spec, links)
     known = any((folder / name).exists() for name in FILES if name != "generation_config.json")
     tokenizer = Tokenizer(folder, spec.vocabulary) if known else None
-    return Source(spec, Weights(checkpoint, spec, links), tokenizer, folder, folder.name)
+    return Source(spec, weights, tokenizer, folder, folder.name)
 
 
 def _read_gguf(path: Path, dtype: str | None) -> Source:
     checkpoint = GGUFCheckpoint(path, DTYPES[dtype] if dtype else None)
-    family: Family = FAMILIES[checkpoint.config["model_type"]]()
-    spec = _in_dtype(_spec(path, family, checkpoint.config), dtype)
-    weights = Weights(checkpoint, spec, family.links(spec))
+    with _sensible(path):
+        _countable(checkpoint.config, checkpoint)
+        family: Family = FAMILIES[checkpoint.config["model_type"]]()
+        spec = _in_dtype(family.spec(checkpoint.config), dtype)
+        weights = Weights(checkpoint, spec, family.links(spec))
     return Source(spec, weights, GGUFTokenizer(checkpoint.file, spec.vocabulary), None, path.stem)
 
 
-def _table(folder: Path, config: Mapping[str, Any]) -> StackSpec:
+@contextmanager
+def _sensible(place: Path) -> Iterator[None]:
+    """Turns what a senseless configuration runs into, on the way to a table, into one error."""
     try:
-        return StackSpec.from_json(config["layer_table"])
-    except (KeyError, TypeError, AttributeError, BadOption) as error:
-        raise BadFile(f"{folder / 'config.json'} has no readable layer table: {error}",
-                      expected="the entry layer_table as layerwise writes it",
-                      do="save the model again") from error
+        yield
+    except KeyError as error:
+        raise BadFile(f"the configuration in {place} lacks {error}", expected="what its model type needs",
+                      do="fetch or save the model again") from error
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError, BadOption) as error:
+        raise BadFile(f"the configuration in {place} makes no sense: {error}",
+                      expected="sizes and choices of its model type", do="fetch or save the model again") from error
 
 
 def _family(folder: Path, config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
@@ -134,16 +144,11 @@ def _family(folder: Path, config: dict[str, Any]) -> tuple[Family, dict[str, Any
     return FAMILIES[kind](), config
 
 
-def _spec(place: Path, family: Family, config: Mapping[str, Any]) -> StackSpec:
-    try:
-        return family.spec(config)
-    except KeyError as error:
-        raise BadFile(f"the configuration of {place} lacks {error}",
-                      expected=f"what {family.model_type} needs", do="fetch config.json again") from error
-    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise BadFile(f"the configuration of {place} makes no sense: {error}",
-                      expected=f"a configuration of {family.model_type}",
-                      do="fetch config.json again") from error
+def _countable(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raises ValueError for more layers or experts than there are tensors, before a table is made of them."""
+    for key in ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts"):
+        if config.get(key) is not None and int(config[key]) > len(checkpoint.names()):
+            raise ValueError(f"{key} is {config[key]} and there are {len(checkpoint.names())} tensors")
 
 
 def _stored_dtype(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, str]:
