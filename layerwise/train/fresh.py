@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,10 @@ def fresh(spec: StackSpec, seed: int = 0, name: str = "fresh") -> DecoderStack:
 
 def _values(spec: StackSpec, path: str, weight: Tensor, generator: torch.Generator) -> Tensor:
     if weight.dim() > 1:
-        values = torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5
+        values = torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[-1])
     else:
         values = torch.full(weight.shape, 0.0 if path.endswith("bias") else 1.0 - _offset(spec, path))
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    return values.to(dtype)
+    return values.to(getattr(torch, spec.dtype))
 
 
 def _offset(spec: StackSpec, path: str) -> float:
