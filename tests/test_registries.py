@@ -46,6 +46,7 @@ INFRASTRUCTURE = {
         "base": "the contract, and running one system by id",
         "catalogue": "reads catalogue.toml",
         "controls": "controls that several systems share",
+        "record": "full-size results as files and pages",
         "text": "texts that several systems share",
     },
     "transform": {

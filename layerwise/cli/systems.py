@@ -28,6 +28,7 @@ def systems(
     """List the published systems."""
     from layerwise.errors import UnknownName
     from layerwise.systems.catalogue import catalogue
+    from layerwise.systems.record import held, results
 
     entries = list(catalogue().values())
     if family is not None and family not in families():
@@ -36,8 +37,12 @@ def systems(
         entry for entry in entries if family in (None, entry.family) and (entry.state == "done" or not done)
     ]
     screen = Screen(as_json)
-    table = [(entry.id, entry.family, entry.state, str(entry.year), entry.title) for entry in chosen]
-    screen.show(columns([("id", "family", "state", "year", "title"), *table]))
+    found = {system: held(record) for system, record in results().items()}
+    table = [
+        (entry.id, entry.family, entry.state, found.get(entry.id, ""), str(entry.year), entry.title)
+        for entry in chosen
+    ]
+    screen.show(columns([("id", "family", "state", "claims that hold", "year", "title"), *table]))
     count = sum(entry.state == "done" for entry in chosen)
     screen.show(f"\n{len(chosen)} systems, {count} of them done: layerwise reproduce <id>")
-    screen.finish({"systems": [asdict(entry) for entry in chosen]})
+    screen.finish({"systems": [{**asdict(entry), "held": found.get(entry.id)} for entry in chosen]})

@@ -1,0 +1,6 @@
+"""`python -m layerwise.cli` is the command line."""
+
+from layerwise.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Recorded full-size results, one file a system."""
