@@ -52,9 +52,9 @@ def bits_chart(layers: Sequence[LayerChange]) -> Figure:
     rows = [change for change in layers if isinstance(change.layer, int) and change.bits]
     matrices = list(dict.fromkeys(name for change in rows for name in change.bits))
     bits = [[change.bits.get(name) for change in rows] for name in matrices]
-    words = [
-        [f"{change.got}<br>{size(change.bytes_before)} to {size(change.bytes_after)}" for change in rows]
-    ] * len(bits)
+    words = [[f"{change.got}<br>{size(change.bytes_before)} to {size(change.bytes_after)}" for change in rows]] * len(
+        bits
+    )
     figure = Figure()
     figure.add_heatmap(
         x=[str(change.layer) for change in rows],

@@ -74,9 +74,7 @@ def _environment() -> Environment:
     from jinja2 import DictLoader, Environment, StrictUndefined
 
     folder = files("layerwise.report")
-    sources = {
-        name: folder.joinpath(name).read_text("utf-8") for name in ("page.html", "fragment.html", "page.js")
-    }
+    sources = {name: folder.joinpath(name).read_text("utf-8") for name in ("page.html", "fragment.html", "page.js")}
     return Environment(
         loader=DictLoader(sources),
         autoescape=True,

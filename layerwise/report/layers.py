@@ -31,9 +31,7 @@ class LayerChange:
         return asdict(self)
 
 
-def layer_changes(
-    before: StackSpec, after: StackSpec, kept: Sequence[int] | None = None
-) -> tuple[LayerChange, ...]:
+def layer_changes(before: StackSpec, after: StackSpec, kept: Sequence[int] | None = None) -> tuple[LayerChange, ...]:
     """One change for each row of `before`, and one for each table outside the rows.
 
     `kept` gives, for each row of `after`, its index in `before`; by default rows are taken in order, and
@@ -70,9 +68,7 @@ def _follows(a: LayerChange, b: LayerChange) -> bool:
     return isinstance(a.layer, int) and isinstance(b.layer, int)
 
 
-def _row_change(
-    layer: int, row: LayerSpec, new: LayerSpec | None, before: StackSpec, after: StackSpec
-) -> LayerChange:
+def _row_change(layer: int, row: LayerSpec, new: LayerSpec | None, before: StackSpec, after: StackSpec) -> LayerChange:
     names = row.matrices(before.hidden)
     kept = new.matrices(after.hidden) if new else {}
     size = 8.0 * DTYPE_BYTES[after.dtype]
@@ -112,9 +108,7 @@ def _widths(bits: Mapping[str, float]) -> str:
     widths = sorted(set(bits.values()), reverse=True)
     if len(widths) == 1:
         return f"{widths[0]:g} bits"
-    return "; ".join(
-        f"{width:g} bits: {' '.join(name for name in bits if bits[name] == width)}" for width in widths
-    )
+    return "; ".join(f"{width:g} bits: {' '.join(name for name in bits if bits[name] == width)}" for width in widths)
 
 
 def _table_changes(before: StackSpec, after: StackSpec) -> Iterator[LayerChange]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layerwise.allocate.apply import apply
 from layerwise.allocate.budget import Budget
 from layerwise.allocate.choices import dropped, keep, quantized
+from layerwise.allocate.cost import totals
 from layerwise.allocate.losses import Alternative
 from layerwise.allocate.plan import Plan
-from layerwise.allocate.solve import allocate
+from layerwise.allocate.stopwatch import Stopwatch
 from layerwise.data.text import TextData, text_blocks
 from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.measure.base import Instrument
@@ -20,19 +22,22 @@ from layerwise.measure.identity import identity
 from layerwise.measure.leave_one_out import LeaveOneOut
 from layerwise.measure.quantization_sensitivity import QuantizationSensitivity
 from layerwise.measure.scores import Scores
+from layerwise.report.decide import Decide
 from layerwise.report.layers import kept_layers
 from layerwise.report.report import Report
 from layerwise.report.run import Run
 from layerwise.report.tried import Tried, contenders, load_tried, save_tried, try_plans
 from layerwise.report.verify import verification_text, verify
-from layerwise.spec import BITS
+from layerwise.spec import BITS, StackSpec
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.open import open
+from layerwise.transform.quantize import Quantize
 
 Tell = Callable[[str], None]
-BLOCKS, LENGTH = 4, 512
-WIDTHS = (8, 6, 5, 4, 3)
+BLOCKS, LENGTH = 2, 512
+POSITIONS = 128
+"""Positions of every block at which the output of a changed model is compared."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,9 @@ def optimize(
     """
     stack = _opened(source, tell)
     run.note("model fingerprint", identity(stack))
-    alternatives = parse_alternatives(only) or defaults_for(budget)
+    alternatives = parse_alternatives(only) or defaults_for(budget, stack.spec)
+    decide = Decide(budget, alternatives, seed, Stopwatch(stack.spec) if budget.milliseconds else None)
+    decide.check(stack.spec)
     calibration = calibration_text(stack, data, seed)
     scores = run.step(
         "scores",
@@ -78,7 +85,7 @@ def optimize(
     )
     plan = run.step(
         "plan",
-        lambda: _decide(scores, budget, solver, alternatives, seed, tell),
+        lambda: decide(scores, solver),
         file="plan.json",
         save=lambda plan, path: plan.save(path),
         load=Plan.load,
@@ -92,7 +99,7 @@ def optimize(
     )
     tried = run.step(
         "tried",
-        lambda: _try(stack, scores, budget, plan, alternatives, calibration, seed, tell, progress),
+        lambda: _try(stack, scores, plan, decide, calibration, tell, progress),
         file="tried.json",
         save=save_tried,
         load=load_tried,
@@ -137,12 +144,34 @@ def parse_alternatives(only: Sequence[str]) -> list[Alternative]:
     return found
 
 
-def defaults_for(budget: Budget) -> list[Alternative]:
+def defaults_for(budget: Budget, spec: StackSpec) -> list[Alternative]:
     """Alternatives that can help with this budget: widths to save bytes, dropping to have fewer layers."""
     limited = set(budget.given())
-    widths = [quantized(bits) for bits in WIDTHS] if limited & {"bytes", "bits", "milliseconds"} else []
+    widths = useful_widths(budget, spec) if limited & {"bytes", "bits", "milliseconds"} else ()
     drops = [dropped()] if limited & {"layers", "parameters", "milliseconds"} else []
-    return [keep(), *widths, *drops]
+    return [keep(), *map(quantized, widths), *drops]
+
+
+def useful_widths(budget: Budget, spec: StackSpec) -> tuple[int, ...]:
+    """The widths worth measuring: down to the second below the widest that fits everywhere.
+
+    Narrower ones would only be taken to make other layers much wider, which loses more than it gains.
+    """
+    widths = sorted(BITS, reverse=True)
+    limits = budget.limits({**totals(spec), "milliseconds": math.inf})
+    allowed = min(limits.get("bytes", math.inf), limits.get("bits", math.inf) * spec.parameters() / 8)
+    if allowed == math.inf:
+        return tuple(widths)
+    fits = next((place for place, bits in enumerate(widths) if _size_at(bits, spec) <= allowed), len(widths))
+    return tuple(widths[: fits + 3])
+
+
+def _size_at(bits: int, spec: StackSpec) -> int:
+    """Stored bytes with every matrix and table at `bits`."""
+    transform = Quantize(bits)
+    packed = replace(spec, rows=tuple(transform.edit(row, spec.hidden) for row in spec.rows))
+    head = None if spec.tied else transform.format
+    return replace(packed, embedding_format=transform.format, head_format=head).bytes()
 
 
 def calibration_text(stack: Stack, source: str | Path, seed: int) -> TextData:
@@ -162,9 +191,9 @@ def instruments_for(alternatives: Sequence[Alternative]) -> list[str | Instrumen
     widths = tuple(edit.arguments["bits"] for edit in alternatives if edit.transform == "quantize")
     chosen: list[str | Instrument] = ["block-influence", "logit-lens-kl"]
     if widths:
-        chosen.append(QuantizationSensitivity(bits=widths, tokens=None))
+        chosen.append(QuantizationSensitivity(bits=widths, tokens=POSITIONS))
     if any(edit.transform == "drop" for edit in alternatives):
-        chosen.append(LeaveOneOut(tokens=None))
+        chosen.append(LeaveOneOut(tokens=POSITIONS))
     return chosen
 
 
@@ -196,13 +225,6 @@ def _measure(
     return measure(stack, data, instruments, seed=seed, progress=progress, resume=journal)
 
 
-def _decide(
-    scores: Scores, budget: Budget, solver: str, alternatives: Sequence[Alternative], seed: int, tell: Tell
-) -> Plan:
-    tell(f"deciding under the budget {budget}")
-    return allocate(scores, budget, solver=solver, alternatives=alternatives, seed=seed)
-
-
 def _shape(stack: Stack, plan: Plan, data: TextData, tell: Tell) -> DecoderStack:
     tell("carrying out the plan and saving the model")
     return apply(stack, plan, data)
@@ -211,15 +233,13 @@ def _shape(stack: Stack, plan: Plan, data: TextData, tell: Tell) -> DecoderStack
 def _try(
     stack: Stack,
     scores: Scores,
-    budget: Budget,
     plan: Plan,
-    alternatives: Sequence[Alternative],
+    decide: Decide,
     data: TextData,
-    seed: int,
     tell: Tell,
     progress: bool,
 ) -> list[Tried]:
-    plans = list(contenders(scores, budget, plan, alternatives, seed))
+    plans = list(contenders(scores, plan, decide))
     tell(f"measuring it beside {len(plans) - 1} other plans")
     return try_plans(stack, plans, data, progress=progress)
 

@@ -53,9 +53,7 @@ def probe_folder(source: str | Path) -> Probe:
 
     command = [sys.executable, "-m", "layerwise.report.probe", str(source), "--json"]
     command += ["--threads", str(torch.get_num_threads())]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise BadFile(

@@ -49,9 +49,7 @@ class Run:
         self.folder, self._record, self._lock = folder, record, lock
 
     @classmethod
-    def open(
-        cls, folder: str | Path, command: str, arguments: Mapping[str, Any], *, fresh: bool = False
-    ) -> Run:
+    def open(cls, folder: str | Path, command: str, arguments: Mapping[str, Any], *, fresh: bool = False) -> Run:
         """Start a run in `folder`, or resume the one that is there.
 
         `arguments` hold plain JSON values. `fresh` begins anew. Raises BadOption where the folder holds a
@@ -194,9 +192,7 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise BadFile(
-            f"{folder} is a file", expected="a folder for the run", do="choose another folder with -o"
-        )
+        raise BadFile(f"{folder} is a file", expected="a folder for the run", do="choose another folder with -o")
     if folder.is_dir() and not (folder / "run.json").exists():
         other = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if other:

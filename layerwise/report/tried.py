@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerwise.allocate.apply import apply
-from layerwise.allocate.budget import Budget
-from layerwise.allocate.losses import Alternative
 from layerwise.allocate.plan import Plan
-from layerwise.allocate.solve import allocate
 from layerwise.data.text import TextData
 from layerwise.errors import BadBudget, BadFile
 from layerwise.io import atomic
 from layerwise.measure.progress import Progress
 from layerwise.measure.scores import Scores
+from layerwise.report.decide import Decide
 from layerwise.report.verify import compare_on
 from layerwise.stack.base import Stack
 
@@ -55,9 +53,7 @@ def try_plans(
     return found
 
 
-def contenders(
-    scores: Scores, budget: Budget, chosen: Plan, alternatives: Sequence[Alternative], seed: int
-) -> Iterator[tuple[str, Kind, Plan]]:
+def contenders(scores: Scores, chosen: Plan, decide: Decide) -> Iterator[tuple[str, Kind, Plan]]:
     """The chosen plan, then what other solvers and the controls make of the same scores and budget.
 
     A solver that cannot meet the budget is passed over: a control need not be able to.
@@ -67,7 +63,7 @@ def contenders(
         if solver != chosen.solver:
             kind: Kind = "control" if solver in CONTROLS else "candidate"
             try:
-                plan = allocate(scores, budget, solver=solver, alternatives=alternatives, seed=seed)
+                plan = decide(scores, solver)
             except BadBudget:
                 continue
             yield solver, kind, plan

@@ -75,9 +75,7 @@ def verify(
         )
     text = data if isinstance(data, TextData) else verification_text(before, data)
     compared = compare_on(before, after, text, progress=progress)
-    probes = [
-        probe(stack) if speeds else Probe(None, None, None, "not asked for") for stack in (before, after)
-    ]
+    probes = [probe(stack) if speeds else Probe(None, None, None, "not asked for") for stack in (before, after)]
     positions = compared.positions_N
     return Report(
         model=before.name,
@@ -146,9 +144,7 @@ def compare_on(before: Stack, after: Stack, data: TextData, *, progress: bool = 
             bar.step()
     columns = np.array(sums, dtype=np.float64).T
     _check_finite(columns[:3], data, before.name)
-    return Compared(
-        Losses(columns[0], columns[4]), Losses(columns[1], columns[4]), columns[2], columns[3], columns[5]
-    )
+    return Compared(Losses(columns[0], columns[4]), Losses(columns[1], columns[4]), columns[2], columns[3], columns[5])
 
 
 def _kept(after: Stack) -> list[int] | None:
@@ -190,9 +186,7 @@ def _measurement(stack: Stack, losses: Losses, found: Probe, seed: int) -> Measu
     notes = [found.why] if found.why else []
     on_disk = weight_bytes(stack.folder) if stack.folder else None
     if on_disk is not None and on_disk != stack.spec.bytes():
-        notes.append(
-            f"{stack.folder} holds {on_disk} bytes of weights, but the layer table says {stack.spec.bytes()}"
-        )
+        notes.append(f"{stack.folder} holds {on_disk} bytes of weights, but the layer table says {stack.spec.bytes()}")
     return Measurement(
         bytes=stack.spec.bytes(),
         parameters=stack.spec.parameters(),

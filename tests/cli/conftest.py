@@ -1,20 +1,16 @@
-"""A tiny random model with a tokenizer, as a folder, and the command line as a user calls it."""
+"""A tiny random model with a tokenizer, as a folder, and the command line as it is called."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from layerwise.cli import main
 from layerwise.testing.stacks import random_stack
-
-Ran = subprocess.CompletedProcess[str]
-Command = Callable[..., Ran]
 
 
 @pytest.fixture(scope="session")
@@ -28,29 +24,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
-    folder = random_stack(4, vocabulary=len(vocabulary), dtype="bfloat16").save(
-        tmp_path_factory.mktemp("cli") / "tiny"
-    )
+    folder = random_stack(4, vocabulary=len(vocabulary), dtype="bfloat16").save(tmp_path_factory.mktemp("cli") / "tiny")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     return folder
 
 
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def layerwise(tmp_path: Path) -> Command:
-    """Run a command in an empty folder, in a process of its own."""
+def layerwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Ran]:
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str | Path, check: bool = True) -> Ran:
-        code = "from layerwise.cli import main; main()"
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=_environment())
-        if check:
-            assert done.returncode == 0, done.stderr
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        done = Ran(end.value.code or 0, *capsys.readouterr())
+        assert not check or done.returncode == 0, done.stderr
         return done
 
     return run
-
-
-def _environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": root, "COLUMNS": "120", "PYTHONWARNINGS": "error"}

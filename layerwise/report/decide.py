@@ -1,0 +1,37 @@
+"""One planning question, asked of the chosen solver, of others, and before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from layerwise.allocate.budget import Budget
+from layerwise.allocate.cost import Clock
+from layerwise.allocate.losses import Alternative
+from layerwise.allocate.plan import Plan
+from layerwise.allocate.solve import allocate
+from layerwise.measure.scores import Column, Scores
+from layerwise.spec import StackSpec
+
+
+@dataclass(frozen=True)
+class Decide:
+    """`decide(scores, solver)` is the plan of that solver; all share budget, alternatives, seed and clock."""
+
+    budget: Budget
+    alternatives: Sequence[Alternative]
+    seed: int = 0
+    clock: Clock | None = None
+
+    def __call__(self, scores: Scores, solver: str) -> Plan:
+        return allocate(
+            scores, self.budget, solver=solver, alternatives=self.alternatives, seed=self.seed, clock=self.clock
+        )
+
+    def check(self, spec: StackSpec) -> None:
+        """Raises BadBudget where no plan can meet the budget; that follows from the table alone."""
+        zeros = (0.0,) * len(spec.rows)
+        outside = {"embedding": 0.0, "head": 0.0}
+        names = [alternative.measured for alternative in self.alternatives if alternative.measured]
+        columns = {name: Column(name, zeros, "nats/token", "high", "", outside) for name in names}
+        self(Scores(spec, columns), "greedy")
