@@ -124,7 +124,7 @@ def _near(curves: Curves, size: Size) -> Check:
             for shares, control in found.values()]
     return Check(
         name="a quarter of the layers can move",
-        claim="by score at least 25 % of the layers move before quality leaves the wide model's, at random 10 % at most",
+        claim="by score at least 25 % of the layers move before quality leaves the wide model's, at random 10 %",
         measured={pair: shares for pair, (shares, _) in found.items()},
         control={pair: control for pair, (_, control) in found.items()},
         holds=any(held) if size == "full" else None,
@@ -150,7 +150,7 @@ def _drop(stack: DecoderStack, order: list[int], pair: tuple[int, int], text: Te
               "than dropping layers down to the same bytes",
         control={"dropped": found[2], f"all at {wide} bits": found[0]},
         holds=better if narrow > 2 or better is None else not better,
-        why=f"both take layers in the order of LIM, and dropping may keep more bytes. Perplexity after dropping divided "
+        why=f"both take layers in the order of LIM; dropping may keep more bytes. Perplexity after dropping divided "
             f"by that of {narrow} bits: {ratio}, over blocks of text")
 
 
