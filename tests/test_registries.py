@@ -25,6 +25,7 @@ INFRASTRUCTURE = {
         "effects": "a matrix of source by target layers, not a column",
         "ending": "the end of a pass, shared by what compares outputs",
         "engine": "runs instruments over data",
+        "floor": "what rounding alone does to predictions",
         "forward": "the shared forward pass",
         "identity": "which model was measured",
         "inputs": "data as inputs to a stack",

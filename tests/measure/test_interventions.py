@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import BadData, BadModel, BadOption
+from layerwise.measure.base import Trial
 from layerwise.measure.engine import measure
 from layerwise.measure.leave_one_out import LeaveOneOut
 from layerwise.measure.quantization_sensitivity import QuantizationSensitivity
 from layerwise.stack.decoder import DecoderStack
+from layerwise.testing.stacks import random_stack
 from layerwise.transform.quantize import Quantize, pack_table
 
 
@@ -158,3 +160,30 @@ def test_impossible_options(options: dict[str, object]) -> None:
 def _nothing_stays_swapped(stack: DecoderStack) -> Iterator[None]:
     yield
     assert not stack._swapped
+
+
+def test_the_floor_of_rounding_is_interpolated_and_subtracted() -> None:
+    found = {Trial(0, "floor"): 0.4, Trial(2, "floor"): 0.2, Trial("embedding", "4"): 0.5, Trial("head", "4"): 0.5}
+    found |= {Trial(layer, "4"): 0.35 for layer in range(3)}
+    (column,) = QuantizationSensitivity(bits=(4,)).finish(3, found)
+    assert column.values == pytest.approx([0, 0.05, 0.15])
+    assert column.outside == pytest.approx({"embedding": 0.1, "head": 0.5})
+
+
+def sensitivity(stack: DecoderStack, tokens_NT: Tensor) -> float:
+    """Plain KL of 8-bit layers, summed over layers."""
+    original_NTV, total = stack(tokens_NT), 0.0
+    for layer, row in enumerate(stack.spec.rows):
+        with stack.swap(layer, Quantize(8, group=32).apply(stack.block(layer), row)):
+            total += kl(original_NTV, stack(tokens_NT))
+    return total
+
+
+def test_in_bfloat16_what_rounding_alone_does_is_mostly_taken_out() -> None:
+    tokens_NT = torch.randint(97, (20, 16), generator=torch.Generator().manual_seed(1))
+    stack = random_stack(8, dtype="bfloat16")
+    instrument = QuantizationSensitivity(bits=(8,), group=32, tokens=None, outside=False)
+    found = sum(measure(stack, tokens_NT, instrument, progress=False)["quantization-sensitivity:8"].values)
+    exact, raw = sensitivity(stack.copied(torch.float32), tokens_NT), sensitivity(stack, tokens_NT)
+    assert raw > 2 * exact
+    assert abs(found - exact) < 0.5 * abs(raw - exact)
