@@ -97,6 +97,8 @@ def _climb(stack: Stack, passages: Sequence[Passage], wanted: Pass, before_layer
             before_layer(layer)
         for passage in passages:
             passage.advance(layer)
+            if len(passages) > 1:
+                passage.forget()
             wanted.progress.step()
     for passage in passages:
         passage.read_lens()
@@ -163,6 +165,10 @@ class Passage:
             sites[site] = Vectors(torch.zeros_like(self.entering.tensor) if half is None else half)
         self.view.show(self.wanted, layer, sites)
         self.entering = sites["output"]
+
+    def forget(self) -> None:
+        """Let go of what was computed about the hidden states, while other batches have their turn."""
+        self.entering = Vectors(self.entering.tensor)
 
     def read_lens(self) -> None:
         """Read what was kept for the lens, against the model's own prediction."""

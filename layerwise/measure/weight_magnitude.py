@@ -20,8 +20,7 @@ from layerwise.stack.base import Stack
 
 def magnitude(weight: Tensor, power: int) -> float:
     """Sum of |w|^power, accumulated in float64."""
-    w = weight.float().abs()
-    return float((w if power == 1 else w.square()).sum(dtype=torch.float64))
+    return float(torch.linalg.vector_norm(weight, power, dtype=torch.float64)) ** power
 
 
 @dataclass(frozen=True)

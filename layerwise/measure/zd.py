@@ -20,14 +20,17 @@ from layerwise.measure.scores import Direction
 from layerwise.measure.weights import tensors
 from layerwise.stack.base import Stack
 
+CHUNK = 2**20
+"""Weights held in float32 at once."""
+
 
 def share_beyond(weights: Sequence[Tensor], two_sided: bool = False) -> float:
     """Share of all weights with z > 1, or |z| > 1; moments in float64, with the population's deviation."""
     count = sum(weight.numel() for weight in weights)
     mean = math.fsum(float(weight.sum(dtype=torch.float64)) for weight in weights) / count
-    spread = math.fsum(float((weight.float() - mean).square().sum(dtype=torch.float64)) for weight in weights)
-    deviation = math.sqrt(spread / count)
-    centred = (weight.float() - mean for weight in weights)
+    squares = math.fsum(float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2 for weight in weights)
+    deviation = math.sqrt(squares / count - mean**2)
+    centred = (part.float() - mean for weight in weights for part in weight.flatten().split(CHUNK))
     return sum(int(((w.abs() if two_sided else w) > deviation).sum()) for w in centred) / count
 
 
