@@ -169,9 +169,7 @@ with Run.open(sys.argv[1], "optimize", {"seed": 0}) as run:
 
 def test_killed_at_random_moments_it_ends_with_the_same_result(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STEPS]
-    wanted = subprocess.run(
-        [*command, str(tmp_path / "whole")], capture_output=True, text=True, check=True
-    ).stdout
+    wanted = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True, check=True).stdout
     chance = random.Random(0)
     for _ in range(4):
         process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)

@@ -53,9 +53,7 @@ def test_a_damaged_file_is_one_clear_error(text: str | None, tmp_path: Path) -> 
     (-0.02, -0.001, "better than before"),
     (-0.01, 0.01, "cannot be told from no change"),
 ])  # fmt: skip
-def test_the_summary_says_only_what_the_interval_allows(
-    report: Report, low: float, high: float, verdict: str
-) -> None:
+def test_the_summary_says_only_what_the_interval_allows(report: Report, low: float, high: float, verdict: str) -> None:
     changed = replace(report, log_perplexity_change=Interval(low, (low + high) / 2, high))
     assert verdict in " ".join(summary(changed))
 

@@ -112,9 +112,7 @@ def test_tasks_are_compared_item_by_item(before: DecoderStack, after: DecoderSta
     items = tuple(ChoiceItem(f"question {index}:", (" yes", " no"), index % 2) for index in range(8))
     before.tokenizer = Letters()  # type: ignore[assignment]
     try:
-        found = verify(
-            before, after, text(), tasks=[MultipleChoice("yes-or-no", items, "made up")], speeds=False
-        )
+        found = verify(before, after, text(), tasks=[MultipleChoice("yes-or-no", items, "made up")], speeds=False)
     finally:
         before.tokenizer = None
     result = found.tasks["yes-or-no"]
