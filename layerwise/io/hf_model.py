@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, S cached plus new tokens, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +33,9 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
 
     def __init__(self, config: LayerwiseConfig) -> None:
         super().__init__(config)
-        self.model = Decoder(StackSpec.from_json(config.layer_table or {}))
+        spec = StackSpec.from_json(config.layer_table or {})
+        dtype: Any = str(torch.get_default_dtype()).removeprefix("torch.")  # the one that was asked for
+        self.model = Decoder(replace(spec, dtype=dtype))
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,

@@ -58,7 +58,7 @@ def _metadata(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
     writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd if gpt2 else config.intermediate_size)
-    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    _tokenizer(writer, config.vocab_size)
     if gpt2:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return
@@ -80,6 +80,16 @@ def _metadata(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_expert_used_count(config.num_experts_per_tok)
     if config.model_type == "qwen3_moe":
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def _tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+    """A byte-level vocabulary of printable characters and the one merge "a b"."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", *map(chr, range(33, 127)), "ab", *map(chr, range(161, 300))][:size])
+    writer.add_token_types([3, 3] + [1] * (size - 2))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
 
 
 def _renamed(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
