@@ -46,9 +46,7 @@ def apply(
     changes = layer_changes(stack.spec, spec, kept_layers(stack.spec, wanted))
     screen.show(got(changes))
     screen.show(f"\n{size(stack.spec.bytes())} before, {size(spec.bytes())} after, saved in {output}")
-    screen.finish(
-        {"model": output, "bytes": spec.bytes(), "parameters": spec.parameters(), "layers": len(spec.rows)}
-    )
+    screen.finish({"model": output, "bytes": spec.bytes(), "parameters": spec.parameters(), "layers": len(spec.rows)})
 
 
 def needs_text(plan: Plan) -> bool:

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from layerwise.stack.base import Stack
 
 One = Annotated[str, typer.Argument(help="A model, or a plan.json.", autocompletion=demo_names)]
-TablesOnly = Annotated[
-    bool, typer.Option("--tables-only", help="Compare the layer tables without running the models.")
-]
+TablesOnly = Annotated[bool, typer.Option("--tables-only", help="Compare the layer tables without running the models.")]
 
 
 def compare(
@@ -57,10 +55,7 @@ def _plans(a: str, b: str, screen: Screen) -> None:
 
 def _sizes(before: Stack, after: Stack) -> dict[str, object]:
     sides = {"before": before, "after": after}
-    return {
-        name: {"bytes": stack.spec.bytes(), "parameters": stack.spec.parameters()}
-        for name, stack in sides.items()
-    }
+    return {name: {"bytes": stack.spec.bytes(), "parameters": stack.spec.parameters()} for name, stack in sides.items()}
 
 
 def _measured(before: Stack, after: Stack, data: str, seed: int, screen: Screen) -> dict[str, object]:

@@ -13,9 +13,7 @@ from layerwise.cli.screen import Screen
 
 Given = Annotated[
     str | None,
-    typer.Argument(
-        metavar="[MODEL]", help="Check this model's files and weights too.", autocompletion=demo_names
-    ),
+    typer.Argument(metavar="[MODEL]", help="Check this model's files and weights too.", autocompletion=demo_names),
 ]
 EXTRAS = {"peft": "peft", "datasets": "datasets", "images": "PIL"}
 

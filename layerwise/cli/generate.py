@@ -15,20 +15,12 @@ from layerwise.cli.screen import Screen
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to continue, or to answer.")],
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", help="At most this many new tokens.")
-    ] = 128,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")
-    ] = 0.0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="At most this many new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Draw among so many tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Draw among tokens that make up this share.")
-    ] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Draw among tokens that make up this share.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Draws the tokens.")] = 0,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
     as_json: Json = False,
 ) -> None:
     """Continue or answer a prompt.
@@ -49,16 +41,10 @@ def generate(
             do="put the tokenizer files that came with the model into its folder",
         )
     chat = not raw and stack.tokenizer.has_chat_template
-    given = (
-        stack.tokenizer.encode(stack.tokenizer.chat([{"role": "user", "content": prompt}]))
-        if chat
-        else prompt
-    )
+    given = stack.tokenizer.encode(stack.tokenizer.chat([{"role": "user", "content": prompt}])) if chat else prompt
     began = time.perf_counter()
     ids: list[int] = []
-    stream = sample(
-        stack, given, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
+    stream = sample(stack, given, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     text = ""
     for piece in stream_text(stack.tokenizer, _recorded(stream, ids)):
         text += piece

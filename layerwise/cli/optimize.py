@@ -19,9 +19,7 @@ def solvers() -> list[str]:
 
 Amount = str | None
 Bytes = Annotated[Amount, typer.Option("--bytes", help="Stored size, such as 55%, 120MB, or 2x for half.")]
-Parameters = Annotated[
-    Amount, typer.Option("--parameters", help="Number of parameters, such as 80% or 100M.")
-]
+Parameters = Annotated[Amount, typer.Option("--parameters", help="Number of parameters, such as 80% or 100M.")]
 Layers = Annotated[Amount, typer.Option("--layers", help="Number of layers, such as 24 or 80%.")]
 Milliseconds = Annotated[
     Amount, typer.Option("--milliseconds", help="Time to decode one token here, such as 12 or 50%.")
@@ -81,13 +79,11 @@ def optimize(
         "seed": seed,
     }
     folder = output or default_folder("optimize", model, arguments)
-    with Run.open(folder, "optimize", arguments, fresh=fresh) as run:
+    with Run.open(folder, "optimize", arguments, fresh=fresh) as run, screen.resumable():
         done = job.optimize(
             model, budget, run, solver=solver, only=alternatives, data=data, seed=seed, tell=screen.tell
         )
-    screen.show(
-        f"\n{done.report}\n\nplan    {run.path('plan.json')}\nmodel   {done.model}\nreport  {done.page}"
-    )
+    screen.show(f"\n{done.report}\n\nplan    {run.path('plan.json')}\nmodel   {done.model}\nreport  {done.page}")
     screen.finish(
         {
             "before": done.report.before.to_json(),

@@ -39,8 +39,6 @@ Output = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew instead of resuming the run in the folder.")]
 Data = Annotated[
     str,
-    typer.Option(
-        "--data", help="Text: default, a .txt/.md/.jsonl file or a folder of them, hf:<data set>:<split>."
-    ),
+    typer.Option("--data", help="Text: default, a .txt/.md/.jsonl file or a folder of them, hf:<data set>:<split>."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Draws the text blocks and everything random.")]

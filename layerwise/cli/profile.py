@@ -17,9 +17,7 @@ def instruments() -> list[str]:
     return list(INSTRUMENTS)
 
 
-Only = Annotated[
-    str, typer.Option("--only", help="Instruments, separated by commas.", autocompletion=instruments)
-]
+Only = Annotated[str, typer.Option("--only", help="Instruments, separated by commas.", autocompletion=instruments)]
 Deep = Annotated[
     bool,
     typer.Option("--deep", help="Also those that try every layer differently: minutes instead of seconds."),
@@ -52,7 +50,7 @@ def profile(
     resolve(names)
     arguments = {"model": full(model), "instruments": names, "data": full(data), "seed": seed}
     folder = output or default_folder("profile", model, arguments)
-    with Run.open(folder, "profile", arguments, fresh=fresh) as run:
+    with Run.open(folder, "profile", arguments, fresh=fresh) as run, screen.resumable():
         screen.tell(f"opening {model}")
         stack = open(model)
         run.note("model fingerprint", identity(stack))

@@ -21,14 +21,10 @@ def done_systems() -> list[str]:
 
 
 def reproduce(
-    system: Annotated[
-        str, typer.Argument(metavar="ID", help="See `layerwise systems`.", autocompletion=done_systems)
-    ],
+    system: Annotated[str, typer.Argument(metavar="ID", help="See `layerwise systems`.", autocompletion=done_systems)],
     size: Annotated[
         str,
-        typer.Option(
-            "--size", help="quick (about a minute) or full.", autocompletion=lambda: ["quick", "full"]
-        ),
+        typer.Option("--size", help="quick (about a minute) or full.", autocompletion=lambda: ["quick", "full"]),
     ] = "quick",
     seed: Seed = 0,
     as_json: Json = False,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ class Screen:
         """What is being done now, with the seconds since the start."""
         print(f"[{time.monotonic() - self._began:5.0f} s] {stage}", file=sys.stderr, flush=True)
 
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Say that an interrupted command can go on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.tell("interrupted; the same command goes on from here")
+            raise
+
     def finish(self, value: dict[str, Any]) -> None:
         """The JSON object, where one is asked for; always the last line."""
         if self.as_json:
@@ -36,8 +46,7 @@ def columns(table: Sequence[Sequence[str]]) -> str:
     """A left-aligned text table; the first row is the heading."""
     widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
     )
 
 

@@ -19,9 +19,7 @@ def families() -> list[str]:
 
 
 def systems(
-    family: Annotated[
-        str | None, typer.Option("--family", help="Only this family.", autocompletion=families)
-    ] = None,
+    family: Annotated[str | None, typer.Option("--family", help="Only this family.", autocompletion=families)] = None,
     done: Annotated[bool, typer.Option("--done", help="Only those that can be reproduced.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -33,14 +31,11 @@ def systems(
     entries = list(catalogue().values())
     if family is not None and family not in families():
         raise UnknownName("family", family, families())
-    chosen = [
-        entry for entry in entries if family in (None, entry.family) and (entry.state == "done" or not done)
-    ]
+    chosen = [entry for entry in entries if family in (None, entry.family) and (entry.state == "done" or not done)]
     screen = Screen(as_json)
     found = {system: held(record) for system, record in results().items()}
     table = [
-        (entry.id, entry.family, entry.state, found.get(entry.id, ""), str(entry.year), entry.title)
-        for entry in chosen
+        (entry.id, entry.family, entry.state, found.get(entry.id, ""), str(entry.year), entry.title) for entry in chosen
     ]
     screen.show(columns([("id", "family", "state", "claims that hold", "year", "title"), *table]))
     count = sum(entry.state == "done" for entry in chosen)

@@ -53,7 +53,7 @@ def probe_folder(source: str | Path) -> Probe:
 
     command = [sys.executable, "-m", "layerwise.report.probe", str(source), "--json"]
     command += ["--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise BadFile(
@@ -62,6 +62,13 @@ def probe_folder(source: str | Path) -> Probe:
             do=f"see what `layerwise generate {source} hello` says",
         )
     return Probe(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, with this very package in reach."""
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from layerwise.report.report import Report
 from layerwise.report.tried import load_tried
 from layerwise.stack.open import open
 
+CODE = "from layerwise.cli import main; main()"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 FILES = {"run.json", "scores.parquet", "plan.json", "model", "report.html", "log.txt"}
 
 
@@ -26,11 +28,9 @@ FILES = {"run.json", "scores.parquet", "plan.json", "model", "report.html", "log
 def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A finished run and the object it printed."""
     folder = tmp_path_factory.mktemp("optimize")
-    code = "from layerwise.cli import main; main()"
     arguments = ["optimize", str(model), "--bytes", "55%", "-o", "run", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     ran = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=folder, env=environment
+        [sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, cwd=folder, env=ENVIRONMENT
     )
     assert ran.returncode == 0, ran.stderr
     return folder, json.loads(ran.stdout.splitlines()[-1])
@@ -69,11 +69,9 @@ def test_controls_were_tried(done: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_finished_it_prints_the_same_again_at_once(done: tuple[Path, dict[str, Any]], model: Path) -> None:
-    code = "from layerwise.cli import main; main()"
     arguments = ["optimize", str(model), "--bytes", "55%", "-o", "run", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     ran = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=done[0], env=environment
+        [sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, cwd=done[0], env=ENVIRONMENT
     )
     assert json.loads(ran.stdout) == done[1]
     assert "measuring" not in ran.stderr
@@ -83,18 +81,16 @@ def test_finished_it_prints_the_same_again_at_once(done: tuple[Path, dict[str, A
 def test_killed_at_random_moments_it_makes_the_same_plan(
     done: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path
 ) -> None:
-    code = "from layerwise.cli import main; main()"
-    command = [sys.executable, "-c", code, "optimize", str(model), "--bytes", "55%", "-o", "run", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", CODE, "optimize", str(model), "--bytes", "55%", "-o", "run", "--json"]
     chance = random.Random(0)
     for _ in range(6):
         process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         time.sleep(chance.uniform(1.0, 12.0))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     for name in ("plan.json", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (done[0] / "run" / name).read_bytes()
@@ -103,13 +99,26 @@ def test_killed_at_random_moments_it_makes_the_same_plan(
 
 
 def test_an_interrupt_ends_with_130_and_the_run_goes_on(model: Path, tmp_path: Path) -> None:
-    code = "from layerwise.cli import main; main()"
-    command = [sys.executable, "-c", code, "optimize", str(model), "--bytes", "60%", "-o", "run"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", CODE, "optimize", str(model), "--bytes", "60%", "-o", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr is not None
     process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert b"Traceback" not in errors
+    assert b"Traceback" not in errors and b"the same command goes on from here" in errors
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CODE, "optimize", "smollm2", "--bytes", "55%", "-o", "run", "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    before, after = found["before"], found["after"]
+    assert after["bytes"] <= 0.55 * before["bytes"]
+    assert after["perplexity"] <= 1.01 * before["perplexity"]
+    assert after["decode_tokens_per_s"] > before["decode_tokens_per_s"]
+    assert after["peak_memory_bytes"] < before["peak_memory_bytes"]
+    assert open(tmp_path / "run" / "model").spec.bytes() == after["bytes"]
