@@ -37,7 +37,7 @@ class Real:
         self.tokenizer = self.source.tokenizer
 
 
-@pytest.fixture(scope="module", params=["smollm2", "gemma3-270m"])
+@pytest.fixture(scope="module", params=["smollm2", pytest.param("gemma3-270m", marks=pytest.mark.slow)])
 def real(request: pytest.FixtureRequest) -> Real:
     try:
         demo(request.param)
