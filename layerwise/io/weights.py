@@ -91,7 +91,7 @@ class Weights:
     def finite(self) -> None:
         """Read every weight once. Raises BadModel naming the first tensor that holds NaN or infinity."""
         for name, tensor in self.stream():
-            if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
+            if not is_finite(tensor):
                 raise BadModel(f"the tensor {name} in {self.checkpoint.place} holds NaN or infinite values",
                                expected="finite weights", do="fetch or convert the checkpoint again")
 
@@ -134,7 +134,10 @@ def build(weights: Weights, dtype: torch.dtype | None = None) -> Decoder:
     return decoder.requires_grad_(False).eval()
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, at the speed of reading the tensor once."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
     low, high = torch.aminmax(tensor)  # both are NaN where one value is
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadModel, BadOption
-from layerwise.io.weights import Weights
+from layerwise.io.weights import Weights, is_finite
 from layerwise.nets.decoder import Block, Decoder
 from layerwise.nets.flow import Flow, LayerCache
 from layerwise.spec import StackSpec
@@ -178,7 +178,7 @@ class DecoderStack(Stack):
     def finite(self) -> None:
         """Read every weight once. Raises BadModel naming the first tensor that holds NaN or infinity."""
         for name, tensor in self.tensors():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+            if not is_finite(tensor):
                 raise BadModel(f"the tensor {name} of {self.name} holds NaN or infinite values",
                                expected="finite weights", do="fetch or convert the checkpoint again")
 
