@@ -8,6 +8,9 @@ from pathlib import Path
 from layerwise.errors import BadFile
 
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt")
+UNWANTED = ("*/*", "consolidated*")
+"""Copies of the weights in other formats, which some repositories hold beside the usual ones."""
+
 ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
@@ -21,7 +24,7 @@ def snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
     except Exception as error:  # offline, unknown, gated and damaged all end here, in many classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadFile(f"{name!r} is no file or folder here, and the model hub gave none: {reason}",

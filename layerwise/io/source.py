@@ -58,6 +58,9 @@ def read(source: str | Path, *, dtype: str | None = None) -> Source:
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         found = _read_gguf(path, dtype)
+    elif path.is_file():
+        raise BadFile(f"{path} is a single file", expected="a model folder or a .gguf file",
+                      do=f"give the folder it lies in: {path.parent}")
     elif path.is_dir():
         found = _read_folder(path, dtype)
     else:

@@ -152,6 +152,12 @@ def test_a_path_that_is_not_there(name: str) -> None:
         read(name)
 
 
+def test_a_single_file_of_a_folder(llama: Path) -> None:
+    with pytest.raises(BadFile, match="is a single file") as error:
+        read(llama / "model.safetensors")
+    assert str(llama) in error.value.do
+
+
 @pytest.mark.parametrize("name", ["nobody/nothing", "smolm2"])
 def test_a_hub_id_that_cannot_be_reached(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
