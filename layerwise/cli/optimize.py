@@ -25,7 +25,12 @@ Milliseconds = Annotated[
     Amount, typer.Option("--milliseconds", help="Time to decode one token here, such as 12 or 50%.")
 ]
 Bits = Annotated[Amount, typer.Option("--bits", help="Stored bits per parameter, such as 5.5.")]
-SolverName = Annotated[str, typer.Option("--solver", help="How to decide.", autocompletion=solvers)]
+SolverName = Annotated[
+    str | None,
+    typer.Option(
+        "--solver", help="Take this solver's plan, not the best measured one.", autocompletion=solvers
+    ),
+]
 Only = Annotated[
     str,
     typer.Option("--only", help="What a layer may become, separated by commas: 8, 6, 5, 4, 3, 2, drop, ..."),
@@ -39,7 +44,7 @@ def optimize(
     layers: Layers = None,
     milliseconds: Milliseconds = None,
     bits: Bits = None,
-    solver: SolverName = "milp",
+    solver: SolverName = None,
     only: Only = "",
     data: Data = "default",
     seed: Seed = 0,
@@ -69,7 +74,8 @@ def optimize(
     budget = Budget(**limits)
     alternatives = words(only)
     job.parse_alternatives(alternatives)
-    SOLVERS[solver]
+    if solver is not None:
+        SOLVERS[solver]
     arguments = {
         "model": full(model),
         "budget": budget.given(),

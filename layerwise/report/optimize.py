@@ -26,7 +26,7 @@ from layerwise.report.decide import Decide
 from layerwise.report.layers import kept_layers
 from layerwise.report.report import Report
 from layerwise.report.run import Run
-from layerwise.report.tried import Tried, contenders, load_tried, save_tried, try_plans
+from layerwise.report.tried import Tried, chosen, contenders, load_tried, save_tried, try_plans
 from layerwise.report.verify import verification_text, verify
 from layerwise.spec import BITS, StackSpec
 from layerwise.stack.base import Stack
@@ -57,7 +57,7 @@ def optimize(
     budget: Budget,
     run: Run,
     *,
-    solver: str = "milp",
+    solver: str | None = None,
     only: Sequence[str] = (),
     data: str | Path = "default",
     seed: int = 0,
@@ -66,8 +66,10 @@ def optimize(
 ) -> Optimized:
     """Fit the model at `source` into `budget`, with everything that is produced kept in `run`.
 
-    `only` limits what a layer may become (see `parse_alternatives`). Text to measure on is the calibration
-    split of `data`, text to verify on its verification split. Finished steps of the run are not repeated.
+    Several solvers plan from the same scores, every plan is carried out and measured, and the one nearest to
+    the original is taken; `solver` takes that solver's plan instead. `only` limits what a layer may become
+    (see `parse_alternatives`). Text to measure on is the calibration split of `data`, text to verify on its
+    verification split. Finished steps of the run are not repeated.
     Raises what opening, measuring, allocating, applying and verifying raise.
     """
     stack = _opened(source, tell)
@@ -83,9 +85,16 @@ def optimize(
         save=lambda scores, path: scores.save(path),
         load=Scores.load,
     )
+    tried = run.step(
+        "tried",
+        lambda: _try(stack, scores, solver, decide, calibration, tell, progress),
+        file="tried.json",
+        save=save_tried,
+        load=load_tried,
+    )
     plan = run.step(
         "plan",
-        lambda: decide(scores, solver),
+        lambda: decide(scores, next(point.name for point in tried if point.kind == "plan")),
         file="plan.json",
         save=lambda plan, path: plan.save(path),
         load=Plan.load,
@@ -96,13 +105,6 @@ def optimize(
         file="model",
         save=lambda slim, path: slim.save(path),
         load=lambda path: path,
-    )
-    tried = run.step(
-        "tried",
-        lambda: _try(stack, scores, plan, decide, calibration, tell, progress),
-        file="tried.json",
-        save=save_tried,
-        load=load_tried,
     )
     report = run.step(
         "report",
@@ -226,22 +228,22 @@ def _measure(
 
 
 def _shape(stack: Stack, plan: Plan, data: TextData, tell: Tell) -> DecoderStack:
-    tell("carrying out the plan and saving the model")
+    tell("carrying out the best plan and saving the model")
     return apply(stack, plan, data)
 
 
 def _try(
     stack: Stack,
     scores: Scores,
-    plan: Plan,
+    solver: str | None,
     decide: Decide,
     data: TextData,
     tell: Tell,
     progress: bool,
 ) -> list[Tried]:
-    plans = list(contenders(scores, plan, decide))
-    tell(f"measuring it beside {len(plans) - 1} other plans")
-    return try_plans(stack, plans, data, progress=progress)
+    plans = list(contenders(scores, decide, solver))
+    tell(f"carrying out and measuring {len(plans)} plans")
+    return chosen(try_plans(stack, plans, data, progress=progress), solver)
 
 
 def _verify(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,8 @@ from layerwise.report.verify import compare_on
 from layerwise.stack.base import Stack
 
 Kind = Literal["plan", "candidate", "control"]
-CANDIDATES = ("milp", "greedy")
-CONTROLS = ("uniform", "random", "shuffled", "reversed")
+CANDIDATES = ("milp", "greedy", "uniform")
+CONTROLS = ("random", "shuffled", "reversed")
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,25 @@ def try_plans(
     return found
 
 
-def contenders(scores: Scores, chosen: Plan, decide: Decide) -> Iterator[tuple[str, Kind, Plan]]:
-    """The chosen plan, then what other solvers and the controls make of the same scores and budget.
+def contenders(scores: Scores, decide: Decide, solver: str | None = None) -> Iterator[tuple[str, Kind, Plan]]:
+    """What each candidate and each control makes of the same scores and budget, `solver` first where given.
 
-    A solver that cannot meet the budget is passed over: a control need not be able to.
+    One that cannot meet the budget is passed over, unless it was asked for: a control need not be able to.
     """
-    yield chosen.solver, "plan", chosen
-    for solver in (*CANDIDATES, *CONTROLS):
-        if solver != chosen.solver:
-            kind: Kind = "control" if solver in CONTROLS else "candidate"
-            try:
-                plan = decide(scores, solver)
-            except BadBudget:
-                continue
-            yield solver, kind, plan
+    for name in dict.fromkeys((*([solver] if solver else []), *CANDIDATES, *CONTROLS)):
+        kind: Kind = "control" if name in CONTROLS else "candidate"
+        try:
+            yield name, kind, decide(scores, name)
+        except BadBudget:
+            if name == solver:
+                raise
+
+
+def chosen(tried: Sequence[Tried], solver: str | None = None) -> list[Tried]:
+    """The same with one marked as the plan: that of `solver`, else the candidate measured nearest to the original."""
+    candidates = [point for point in tried if point.kind == "candidate"]
+    winner = solver or min(candidates, key=lambda point: point.kl).name
+    return [replace(point, kind="plan") if point.name == winner else point for point in tried]
 
 
 def save_tried(tried: Sequence[Tried], path: Path) -> None:

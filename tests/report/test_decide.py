@@ -14,7 +14,7 @@ from layerwise.measure.engine import measure
 from layerwise.measure.quantization_sensitivity import QuantizationSensitivity
 from layerwise.report.decide import Decide
 from layerwise.report.optimize import defaults_for, instruments_for, parse_alternatives, useful_widths
-from layerwise.report.tried import Tried, contenders, load_tried, save_tried, try_plans
+from layerwise.report.tried import Tried, chosen, contenders, load_tried, save_tried, try_plans
 from layerwise.spec import StackSpec
 from layerwise.testing.stacks import random_stack
 
@@ -74,12 +74,19 @@ def test_every_contender_meets_the_budget_and_is_measured() -> None:
     data = TextData(tokens_NT, "random", Source("random", "calibration", "", 48, (0, 1)))
     scores = measure(stack, data, [QuantizationSensitivity(bits=(8, 4), tokens=8)], progress=False)
     decide = Decide(Budget(bytes="60%"), parse_alternatives(["8", "4"]))
-    plans = list(contenders(scores, decide(scores, "milp"), decide))
-    tried = try_plans(stack, plans, data)
-    assert [point.kind for point in tried][:2] == ["plan", "candidate"]
+    tried = chosen(try_plans(stack, list(contenders(scores, decide)), data))
+    assert [point.kind for point in tried].count("plan") == 1
+    best = next(point for point in tried if point.kind == "plan")
+    assert best.kl == min(point.kl for point in tried if point.kind != "control")
     assert {point.name for point in tried} >= {"milp", "greedy", "uniform", "random", "shuffled", "reversed"}
     for point in tried:
         assert point.bytes <= 0.6 * stack.spec.bytes() and point.kl > 0
+
+
+def test_a_solver_that_is_asked_for_is_taken() -> None:
+    tried = [Tried("milp", "candidate", 10, 0.1), Tried("reversed", "control", 10, 0.5)]
+    assert [point.kind for point in chosen(tried)] == ["plan", "control"]
+    assert [point.kind for point in chosen(tried, "reversed")] == ["candidate", "plan"]
 
 
 def test_equal_plans_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
