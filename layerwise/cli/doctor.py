@@ -41,8 +41,7 @@ def environment() -> dict[str, object]:
     import torch
 
     from layerwise.io.places import cache_folder
-    from layerwise.report.machine import machine
-    from layerwise.report.run import versions
+    from layerwise.report.machine import machine, versions
 
     cache = cache_folder()
     place = next(parent for parent in (cache, *cache.parents) if parent.exists())

@@ -27,9 +27,7 @@ Milliseconds = Annotated[
 Bits = Annotated[Amount, typer.Option("--bits", help="Stored bits per parameter, such as 5.5.")]
 SolverName = Annotated[
     str | None,
-    typer.Option(
-        "--solver", help="Take this solver's plan, not the best measured one.", autocompletion=solvers
-    ),
+    typer.Option("--solver", help="Take this solver's plan, not the best measured one.", autocompletion=solvers),
 ]
 Only = Annotated[
     str,

@@ -1,11 +1,14 @@
-"""What a measurement ran on: processor, cores, memory, threads."""
+"""What a measurement ran on: processor, cores, memory, threads, and versions of what it depends on."""
 
 from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+PACKAGES = ("layerwise", "torch", "transformers", "numpy", "scipy")
 
 
 def machine() -> dict[str, Any]:
@@ -33,3 +36,14 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -19,23 +19,21 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from layerwise.errors import BadFile, BadOption
+from layerwise.errors import BadFile, BadOption, LayerwiseError
 from layerwise.io import atomic
+from layerwise.report.machine import versions
 
 S = TypeVar("S")
 T = TypeVar("T")
 FORMAT = "layerwise-run-1"
-PACKAGES = ("layerwise", "torch", "transformers", "numpy", "scipy")
 
 
 class Run:
@@ -156,6 +154,8 @@ class Run:
         if error is not None:
             with contextlib.suppress(OSError):  # a full disk must not hide the error that is under way
                 self.log(f"stopped: {type(error).__name__}: {error}".splitlines()[0])
+        if isinstance(error, LayerwiseError) and not self._record["steps"]:
+            _abandon(self.folder)
         self.close()
 
     def _forget_from(self, name: str) -> None:
@@ -172,17 +172,6 @@ def default_folder(command: str, model: str, arguments: Mapping[str, Any]) -> Pa
     short = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or "model").strip("-.") or "model"
     text = json.dumps([command, _plain(arguments)], sort_keys=True)
     return Path("runs") / f"{command}-{short}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,6 +238,15 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _abandon(folder: Path) -> None:
+    """Remove a run that was refused before it made anything; a folder with more in it stays."""
+    made = {path.name for path in folder.iterdir()}
+    if made <= {"run.json", "log.txt", ".lock"}:
+        for name in sorted(made):
+            (folder / name).unlink()
+        folder.rmdir()
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -26,10 +26,9 @@ from layerwise.errors import BadData, BadOption
 from layerwise.measure.progress import Progress
 from layerwise.report.files import weight_bytes
 from layerwise.report.layers import kept_layers, layer_changes
-from layerwise.report.machine import machine
+from layerwise.report.machine import machine, versions
 from layerwise.report.probe import Probe, probe
 from layerwise.report.report import Measurement, Report, TaskResult
-from layerwise.report.run import versions
 from layerwise.stack.base import Stack
 
 __all__ = ["Measurement", "Report", "TaskResult", "verify"]

@@ -93,13 +93,20 @@ def test_a_plan_for_another_model_is_refused(layerwise: Command, model: Path, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_another_budget_in_the_same_run_is_refused(layerwise: Command, model: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    first = layerwise("optimize", model, "--bytes", "1%", "-o", "run", check=False)
-    assert "smallest" in first.stderr or "reachable" in first.stderr
-    second = layerwise("optimize", model, "--bytes", "2%", "-o", "run", check=False)
-    lines = complaint(second.stderr)
-    assert "budget" in lines[0] and "--fresh" in lines[2]
+def test_other_arguments_for_the_same_run_are_refused(layerwise: Command, model: Path, tmp_path: Path) -> None:
+    layerwise("profile", model, "--only", "weight-l2", "-o", "run")
+    lines = complaint(layerwise("profile", model, "--only", "weight-l1", "-o", "run", check=False).stderr)
+    assert "instruments = ['weight-l1']" in lines[0] and "--fresh" in lines[2]
+    layerwise("profile", model, "--only", "weight-l1", "-o", "run", "--fresh")
+
+
+def test_an_impossible_budget_names_the_smallest_and_leaves_nothing(
+    layerwise: Command, model: Path, tmp_path: Path
+) -> None:
+    done = layerwise("optimize", model, "--bytes", "1%", check=False)
+    assert "at least 62,616 bytes" in complaint(done.stderr)[1]
+    assert "measuring" not in done.stderr
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_debug_shows_the_traceback() -> None:

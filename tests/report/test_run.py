@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from layerwise.errors import BadFile, BadOption
+from layerwise.errors import BadBudget, BadFile, BadOption
 from layerwise.io import atomic
 from layerwise.report.run import Run, default_folder
 
@@ -131,6 +131,16 @@ def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
         assert "another process is working" in other.stderr
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0
+
+
+def test_a_run_that_is_refused_at_once_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BadBudget), Run.open(tmp_path / "run", "optimize", ARGUMENTS):
+        raise BadBudget("1 %", expected="more", do="ask for more")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(BadBudget), Run.open(tmp_path / "run", "optimize", ARGUMENTS) as run:
+        step(run, "scores", lambda: 1)
+        raise BadBudget("1 %", expected="more", do="ask for more")
+    assert (tmp_path / "run" / "scores.json").exists()
 
 
 def test_a_noted_fact_must_stay_the_same(tmp_path: Path) -> None:
