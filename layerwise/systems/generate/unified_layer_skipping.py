@@ -94,12 +94,12 @@ def _quality(stack: DecoderStack, speedup: int, text: TextData, training: TextDa
              for name, losses in found.items()}
     return Check(
         name=f"quality at {speedup} times the speed",
-        claim=f"healed alike, {len(kept['unified'])} layers spread evenly predict better than as many first or last ones",
+        claim=f"healed alike, {len(kept['unified'])} even layers predict better than as many first or last ones",
         measured=plain.pop("unified") | {"layers": list(kept["unified"])},
         control=plain | {"all layers": round(_held(stack, tuple(range(len(stack))), text).perplexity, 2)},
         holds=better if recipe.steps else None,
-        why=f"perplexity of {LENGTH - PROMPT} response tokens after {PROMPT} of prompt; {recipe.steps} steps of healing "
-            "with two passages each. Divided by that of even layers: "
+        why=f"perplexity of {LENGTH - PROMPT} response tokens after {PROMPT} of prompt; {recipe.steps} steps of "
+            "healing with two passages each. Divided by that of even layers: "
             + ", ".join(f"{name} {ratio}" for name, ratio in ratios.items()))
 
 
