@@ -33,7 +33,7 @@ from layerwise.stack.base import Stack
 
 __all__ = ["Measurement", "Report", "TaskResult", "verify"]
 
-BLOCKS, LENGTH = 32, 512
+BLOCKS, LENGTH = 24, 512
 
 
 @dataclass(frozen=True)
