@@ -47,6 +47,7 @@ INFRASTRUCTURE = {
         "base": "the contract, and running one system by id",
         "catalogue": "reads catalogue.toml",
         "controls": "controls that several systems share",
+        "curve": "how the loss grows along an order, shared by several systems",
         "record": "full-size results as files and pages",
         "text": "texts that several systems share",
     },
