@@ -56,6 +56,7 @@ class PackedMatrix(nn.Module):
         self._padded = groups * format.group or in_features
         self._direct = format.bits == 8 and format.group == 0 and format.symmetric
         self._int4: Int4Matrix | None = None
+        self._operands: tuple[Tensor, Tensor] | None = None
         width, dtype = stored_bytes(self._padded, format.bits), torch.int8 if self._direct else torch.uint8
         self.register_buffer("codes", torch.zeros(out_features, width, dtype=dtype))
         self.register_buffer("scale", torch.zeros(out_features, groups, dtype=torch.bfloat16))
@@ -94,6 +95,7 @@ class PackedMatrix(nn.Module):
     # codes ---------------------------------------------------------------------------------------
 
     def _set(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None) -> None:
+        self._operands = None
         middle = 2 ** (self.format.bits - 1)
         if self._direct:
             self.codes = (codes_OI - middle).view(torch.int8)
@@ -136,11 +138,17 @@ class PackedMatrix(nn.Module):
         if self._direct:
             if rows > FEW_ROWS_INT8 or self.in_features % 16:  # rows of other lengths lie unaligned
                 return None
-            assert self.codes is not None
-            self.codes = aligned(self.codes)
-            return torch._weight_int8pack_mm(aligned(x_MI.contiguous()), self.codes, self.scale[:, 0])
+            codes, scale_O = self._operands or self._prepared()
+            return torch._weight_int8pack_mm(aligned(x_MI.contiguous()), codes, scale_O)
         matrix = self._tiled() if rows <= FEW_ROWS_INT4[digits(self.format.bits)] else None
         return None if matrix is None else matrix.product(x_MI)
+
+    def _prepared(self) -> tuple[Tensor, Tensor]:
+        """What torch's int8 kernel reads, kept because looking buffers up takes longer than a small product."""
+        assert self.codes is not None
+        self.codes = aligned(self.codes)
+        self._operands = self.codes, self.scale[:, 0].contiguous()
+        return self._operands
 
     def _tiled(self) -> Int4Matrix | None:
         """The matrix in the int4 kernel's layout, made on first use; None where the kernel cannot hold it."""
@@ -158,7 +166,7 @@ class PackedMatrix(nn.Module):
         return pack(self._codes(slice(0, self.out_features)), self.format.bits)
 
     def _untile(self) -> None:
-        self.codes, self._int4 = self._stream(), None
+        self.codes, self._int4, self._operands = self._stream(), None, None
 
     # torch's own verbs ---------------------------------------------------------------------------
 

@@ -155,11 +155,12 @@ def defaults_for(budget: Budget, spec: StackSpec) -> list[Alternative]:
 
 
 def useful_widths(budget: Budget, spec: StackSpec) -> tuple[int, ...]:
-    """The widths worth measuring: down to the second below the widest that fits everywhere.
+    """The widths worth measuring: from the widest down to the third that fits everywhere.
 
-    Narrower ones would only be taken to make other layers much wider, which loses more than it gains.
+    5 bits are passed over, as they run at the speed of 6. Widths well below the budget belong to it, because a
+    layer that bears them pays for others that do not.
     """
-    widths = sorted(BITS, reverse=True)
+    widths = sorted(set(BITS) - {5}, reverse=True)
     limits = budget.limits({**totals(spec), "milliseconds": math.inf})
     allowed = min(limits.get("bytes", math.inf), limits.get("bits", math.inf) * spec.parameters() / 8)
     if allowed == math.inf:

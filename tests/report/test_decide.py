@@ -24,16 +24,16 @@ def labels(budget: Budget, spec: StackSpec) -> list[str]:
 
 
 def test_widths_follow_the_budget(before_spec: StackSpec) -> None:
-    assert useful_widths(Budget(bytes="55%"), before_spec) == (8, 6, 5)
-    assert useful_widths(Budget(bytes="45%"), before_spec) == (8, 6, 5, 4)
-    assert useful_widths(Budget(bits=7.2), before_spec) == (8, 6, 5, 4)
-    assert useful_widths(Budget(bytes="5%"), before_spec) == (8, 6, 5, 4, 3, 2)
-    assert useful_widths(Budget(milliseconds=3), before_spec) == (8, 6, 5, 4, 3, 2)
+    assert useful_widths(Budget(bytes="55%"), before_spec) == (8, 6, 4)
+    assert useful_widths(Budget(bytes="45%"), before_spec) == (8, 6, 4, 3)
+    assert useful_widths(Budget(bits=7.2), before_spec) == (8, 6, 4, 3)
+    assert useful_widths(Budget(bytes="5%"), before_spec) == (8, 6, 4, 3, 2)
+    assert useful_widths(Budget(milliseconds=3), before_spec) == (8, 6, 4, 3, 2)
 
 
 def test_layers_are_dropped_only_where_that_helps(before_spec: StackSpec) -> None:
     assert labels(Budget(layers=6), before_spec) == ["keep", "drop"]
-    assert labels(Budget(bytes="55%"), before_spec) == ["keep", "8 bits", "6 bits", "5 bits"]
+    assert labels(Budget(bytes="55%"), before_spec) == ["keep", "8 bits", "6 bits", "4 bits"]
     assert "drop" in labels(Budget(bytes="55%", parameters="90%"), before_spec)
 
 
