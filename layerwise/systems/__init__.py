@@ -2,11 +2,14 @@
 
 from layerwise.registry import Registry
 
-SYSTEMS = Registry("system", {
-    "effective-depth": "layerwise.systems.measure.effective_depth:run",
-    "depth-efficiency": "layerwise.systems.measure.depth_efficiency:run",
-    "reassess-layer-pruning": "layerwise.systems.transform.reassess_layer_pruning:run",
-    "layerwise-quant": "layerwise.systems.transform.layerwise_quant:run",
-    "unified-layer-skipping": "layerwise.systems.generate.unified_layer_skipping:run",
-})
+SYSTEMS = Registry(
+    "system",
+    {
+        "effective-depth": "layerwise.systems.measure.effective_depth:run",
+        "depth-efficiency": "layerwise.systems.measure.depth_efficiency:run",
+        "reassess-layer-pruning": "layerwise.systems.transform.reassess_layer_pruning:run",
+        "layerwise-quant": "layerwise.systems.transform.layerwise_quant:run",
+        "unified-layer-skipping": "layerwise.systems.generate.unified_layer_skipping:run",
+    },
+)
 """The systems that are done; `layerwise.systems.catalogue` lists all of them."""

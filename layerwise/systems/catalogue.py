@@ -27,5 +27,7 @@ class Entry:
 def catalogue() -> dict[str, Entry]:
     """Every system by id, in the order of the families."""
     tables = tomllib.loads(files("layerwise.systems").joinpath("catalogue.toml").read_text(encoding="utf-8"))
-    return {name: Entry(id=name, state="done" if name in SYSTEMS else "planned", **entry)
-            for name, entry in tables.items()}
+    return {
+        name: Entry(id=name, state="done" if name in SYSTEMS else "planned", **entry)
+        for name, entry in tables.items()
+    }
