@@ -51,7 +51,7 @@ SCALES: dict[Size, Scale] = {
 }
 PROMPT, LENGTH = 48, 96
 """Tokens of a passage that are given, and tokens of the whole."""
-RATE = 1e-4
+RATE = 1e-3
 """Learning rate of healing, the best of a few on calibration text."""
 
 
