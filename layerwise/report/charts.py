@@ -24,6 +24,8 @@ KINDS = {
     "control": ("controls", "x-thin-open", "#8a63d2", 11),
     "original": ("original", "diamond", "#8792a2", 11),
 }
+LOG_FROM = 20.0
+"""Losses that differ by this factor are shown on a logarithmic axis."""
 BITS_SCALE = ((0, "#b9c0ca"), (2, "#ffe08a"), (4, "#a5d8c8"), (6, "#5fb3c6"), (8, "#3a7fc0"), (16, "#1f3a68"))
 
 
@@ -164,7 +166,9 @@ def tried_chart(tried: Sequence[Mapping[str, Any]]) -> Figure:
                 y=[point["kl"] for point in points],
                 text=[point["name"] for point in points],
                 name=label,
-                mode="markers",
+                mode="markers+text",
+                textposition="middle left" if kind == "control" else "top center",
+                cliponaxis=False,
                 marker={
                     "symbol": symbol,
                     "color": colour,
@@ -173,8 +177,15 @@ def tried_chart(tried: Sequence[Mapping[str, Any]]) -> Figure:
                 },
                 hovertemplate="%{text}<br>%{x:.1f} MB, KL %{y:.4f} nats/token<extra></extra>",
             )
-    figure.update_xaxes(title_text="stored MB")
-    figure.update_yaxes(title_text="KL, nats/token", type="log", dtick="D2", tickformat="~g")
+    sizes = [point["bytes"] / 1e6 for point in tried]
+    room = 0.08 * (max(sizes) - min(sizes) or max(sizes))
+    figure.update_xaxes(title_text="stored MB", range=[min(sizes) - room, max(sizes) + room])
+    losses = [point["kl"] for point in tried]
+    if min(losses) > 0 and max(losses) > LOG_FROM * min(losses):
+        figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
+    else:
+        figure.update_yaxes(range=[0, 1.15 * max(losses)])
+    figure.update_yaxes(title_text="KL, nats/token")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
     return _plain(figure, 420)
 

@@ -60,9 +60,9 @@ def _layers(report: Report) -> str:
     if dropped:
         words.append(f"{dropped} of {len(rows)} layers were dropped")
     if widths:
-        counted = {width: widths.count(width) for width in sorted(set(widths), reverse=True)}
-        held = ", ".join(f"{count} at {width:g} bits" for width, count in counted.items())
-        words.append(f"of the matrices in the layers that are left, {held}")
+        counted = sorted(((widths.count(width), width) for width in set(widths)), reverse=True)
+        held = ", ".join(f"{count} at {width:g}" for count, width in counted)
+        words.append(f"bits of the {len(widths)} matrices in the layers: {held}")
     text = "; ".join(words)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
