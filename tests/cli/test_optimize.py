@@ -64,8 +64,8 @@ def test_verification_text_had_no_part_in_measuring(done: tuple[Path, dict[str, 
 
 def test_controls_were_tried(done: tuple[Path, dict[str, Any]]) -> None:
     tried = load_tried(done[0] / "run" / "tried.json")
-    assert tried[0].kind == "plan"
-    assert {point.name for point in tried if point.kind == "control"} >= {"uniform", "shuffled", "reversed"}
+    assert [point.kind for point in tried].count("plan") == 1
+    assert {point.name for point in tried if point.kind == "control"} >= {"shuffled", "reversed"}
 
 
 def test_finished_it_prints_the_same_again_at_once(done: tuple[Path, dict[str, Any]], model: Path) -> None:
@@ -98,9 +98,16 @@ def test_killed_at_random_moments_it_makes_the_same_plan(
     assert not [name for name in names if name.startswith(".")]
 
 
+def _interruptible() -> None:
+    """A shell's background job starts with interrupts ignored, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupt_ends_with_130_and_the_run_goes_on(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", CODE, "optimize", str(model), "--bytes", "60%", "-o", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_interruptible
+    )
     assert process.stderr is not None
     process.stderr.readline()
     process.send_signal(signal.SIGINT)
