@@ -105,9 +105,8 @@ def _interruptible() -> None:
 
 def test_an_interrupt_ends_with_130_and_the_run_goes_on(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", CODE, "optimize", str(model), "--bytes", "60%", "-o", "run"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_interruptible
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=_interruptible, **pipes)
     assert process.stderr is not None
     process.stderr.readline()
     process.send_signal(signal.SIGINT)
