@@ -23,7 +23,7 @@ def rows() -> list[Row]:
     }, repeats=5)
     opening = seconds["open"] - seconds["torch"]
     return [
-        Row("`layerwise --help`", f"{seconds['help']:.2f} s", seconds["help"] / HELP, 1.0, "less", "Python's own start"),
+        Row("`layerwise --help`", f"{seconds['help']:.2f} s", seconds["help"] / HELP, 1.0, "less", "Python alone"),
         Row("open smollm2, beyond `import torch`", f"{opening:.2f} s; import torch {seconds['torch']:.2f} s",
             opening / OPEN, 1.0, "less", "reads headers only"),
     ]
