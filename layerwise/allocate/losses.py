@@ -61,6 +61,12 @@ class Losses:
             return loss if math.isnan(loss) else max(loss, 0.0)
         return self._importance(target) * alternative.distortion
 
+    def floor(self, target: Target) -> float:
+        """Losses up to this are no more than what rounding does; 0 where that was not measured."""
+        floors = {f"{name.partition(':')[0]}:floor" for name in self.columns} if self.measured else set()
+        known = [_value(self.scores[name], target) for name in sorted(floors) if name in self.scores]
+        return max((value for value in known if not math.isnan(value)), default=0.0)
+
     def _importance(self, target: Target) -> float:
         """The mean over columns, from 0 to 1; what is not a layer counts as the most important."""
         if isinstance(target, str):

@@ -43,7 +43,10 @@ def allocate(
         clock = Stopwatch(scores.spec)
     groups, losses = make_choices(scores, alternatives, by, clock)
     limits = budget.limits(totals(scores.spec, clock))
-    picked = solver.solve([_useful(group, tuple(limits)) for group in groups], limits, seed)
+    groups = [_useful(group, tuple(limits)) for group in groups]
+    if solver.reads_losses:
+        groups = [_worth_paying(group, losses.floor(group[0].target), tuple(limits)) for group in groups]
+    picked = solver.solve(groups, limits, seed)
     return _plan(scores, budget, limits, solver, seed, losses, picked)
 
 
@@ -54,6 +57,16 @@ def _useful(group: list[Choice], currencies: tuple[str, ...]) -> list[Choice]:
         return group
     return [choice for choice in group
             if choice.edit is None or any(choice.cost[c] < kept[0].cost[c] for c in currencies)]
+
+
+def _worth_paying(group: list[Choice], floor: float, currencies: tuple[str, ...]) -> list[Choice]:
+    """Without choices that cost more, in every limited currency, than one whose loss is lost in rounding.
+
+    So a plan does not spend what is left of its budget on differences that nobody can measure.
+    """
+    free = [choice for choice in group if choice.edit and choice.loss <= floor]
+    return [choice for choice in group
+            if not any(all(other.cost[c] < choice.cost[c] for c in currencies) for other in free)]
 
 
 def _plan(scores: Scores, budget: Budget, limits: dict[str, float], solver: Solver, seed: int, losses: Losses,

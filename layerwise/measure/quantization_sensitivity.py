@@ -3,7 +3,8 @@
 Each layer in turn (or each of its matrices) is quantized with everything else untouched, for every bit width;
 so are the embedding and the head, where there is one of its own. The sum over layers predicts the loss of a
 plan that mixes widths. In less than float32 the divergence that rounding alone makes is measured too and
-subtracted (see `floor.py`). Cost: layers^2 / 2 layer runs per width, half of starting over for each.
+subtracted (see `floor.py`); it stands in the column `floor`, below which a loss is no more than rounding.
+Cost: layers^2 / 2 layer runs per width, half of starting over for each.
 """
 
 from __future__ import annotations
@@ -65,19 +66,21 @@ class QuantizationSensitivity(Intervention):
     @property
     def parts(self) -> Mapping[str, str]:
         prefixes = [""] if self.per == "layer" else [f"{matrix}:" for matrix in MATRICES]
-        return {f"{prefix}{bits}": self.unit for prefix in prefixes for bits in self.bits}
+        widths = {f"{prefix}{bits}": self.unit for prefix in prefixes for bits in self.bits}
+        return widths | ({FLOOR: self.unit} if self.metric == "kl" else {})
 
     def trials(self, stack: Stack) -> list[Trial]:
         assert isinstance(stack, DecoderStack)
         present = [row.matrices(stack.spec.hidden) for row in stack.spec.rows]
-        inside = [Trial(layer, part) for layer, matrices in enumerate(present) for part in self.parts
+        parts = [part for part in self.parts if part != FLOOR]
+        inside = [Trial(layer, part) for layer, matrices in enumerate(present) for part in parts
                   if (matrices if self.per == "layer" else part.split(":")[0] in matrices)]
         if self.metric == "kl" and stack.dtype.itemsize < 4:
             inside += [Trial(layer, FLOOR) for layer in depths(len(stack))]
         if self.per == "matrix" or not self.outside or stack.streamed:
             return inside
         tables = ["embedding"] if stack.spec.tied else ["embedding", "head"]
-        return inside + [Trial(table, part) for table in tables for part in self.parts]
+        return inside + [Trial(table, part) for table in tables for part in parts]
 
     def alternative(self, stack: Stack, trial: Trial) -> nn.Module | Stack:
         assert isinstance(stack, DecoderStack)
@@ -100,10 +103,17 @@ class QuantizationSensitivity(Intervention):
         measured = {trial.place: value for trial, value in values.items()
                     if trial.part == FLOOR and isinstance(trial.place, int)}
         floor: dict[int | str, float] = dict(enumerate(floors(measured, layers)))
-        floor["embedding"] = floor[0]
-        above = {trial: self._above(value, floor.get(trial.place, 0.0))
+        floor["embedding"], floor["head"] = floor[0], 0.0
+        above = {trial: self._above(value, floor[trial.place])
                  for trial, value in values.items() if trial.part != FLOOR}
-        return super().finish(layers, above)
+        columns = super().finish(layers, above)
+        return (*columns, self._floor(floor)) if measured else columns
+
+    def _floor(self, floor: Mapping[int | str, float]) -> Column:
+        outside = {place: value for place, value in floor.items() if isinstance(place, str)}
+        inside = [value for place, value in floor.items() if isinstance(place, int)]
+        about = "what rounding alone does to the output; it is subtracted from the other columns"
+        return Column(f"{self.name}:{FLOOR}", tuple(inside), self.unit, None, about, outside)
 
     def _above(self, value: float, floor: float) -> float:
         return max(0.0, value - floor) if self.metric == "kl" else value

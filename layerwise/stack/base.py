@@ -26,8 +26,11 @@ from layerwise.spec import StackSpec
 if TYPE_CHECKING:
     from layerwise.io.tokenizer import Tokenizer
 
-Site = Literal["input", "output", "attention", "feed_forward"]
-SITES: tuple[Site, ...] = ("input", "output", "attention", "feed_forward")
+Site = Literal["input", "output", "attention", "feed_forward", "neurons"]
+SITES: tuple[Site, ...] = ("input", "output", "attention", "feed_forward", "neurons")
+ENTERS = ("input", "neurons")
+"""Sites that are what enters their module; the others are what leaves it."""
+
 Seen = dict[tuple[int, Site], Tensor]
 
 
@@ -114,7 +117,7 @@ class Stack(ABC):
 
     @abstractmethod
     def module(self, layer: int, site: Site) -> nn.Module:
-        """The module whose input ("input") or output (the rest) is that site. BadOption if there is none."""
+        """The module whose input ("input", "neurons") or output (the rest) is that site. BadOption without one."""
 
     @property
     @abstractmethod
@@ -127,7 +130,8 @@ class Stack(ABC):
     def capture(self, *sites: Site, layers: range | None = None) -> Iterator[Seen]:
         """Keep the last tensor seen at each (layer, site) while the context lasts.
 
-        Attention and feed-forward sites hold what that half adds to the residual stream, [B, T, C].
+        Attention and feed-forward sites hold what that half adds to the residual stream, [B, T, C]; neurons
+        what enters the last matrix of the feed-forward network, [B, T, W].
         """
         seen: Seen = {}
         handles = []
@@ -145,7 +149,7 @@ class Stack(ABC):
             seen[layer, site] = first_tensor(value)
 
         module = self.module(layer, site)
-        if site == "input":
+        if site in ENTERS:
             return module.register_forward_pre_hook(
                 lambda _, args, kwargs: keep((*args, *kwargs.values())), with_kwargs=True)
         return module.register_forward_hook(lambda _, __, out: keep(out))
@@ -161,7 +165,7 @@ class Stack(ABC):
 
     def _hook(self, layer: int, site: Site, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
         module = self.module(layer, site)
-        if site == "input":
+        if site in ENTERS:
             return module.register_forward_pre_hook(
                 lambda _, args, kwargs: change_call(args, kwargs, change), with_kwargs=True)
         return module.register_forward_hook(

@@ -134,9 +134,12 @@ class DecoderStack(Stack):
         block = self._swapped.get(self.index(layer), self.decoder.layers[layer])
         if site in ("input", "output"):
             return block
-        branch = getattr(block, site, None)
+        branch = getattr(block, "feed_forward" if site == "neurons" else site, None)
+        if branch is not None and site == "neurons":
+            branch = None if hasattr(branch.body, "router") else branch.body.down
         if branch is None:
-            raise BadOption(f"site {site!r} of layer {layer}", expected="a half that the layer has",
+            raise BadOption(f"site {site!r} of layer {layer}",
+                            expected="a half that the layer has; neurons of one network, not of routed experts",
                             do="look at the table: print(stack.spec)")
         return branch  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""One plain training loop: AdamW, warm-up and linear decay, gradient clipping, seeded order."""
+"""One plain training loop: AdamW or another optimizer, warm-up and linear decay, clipping, seeded order."""
 
 from __future__ import annotations
 
@@ -24,10 +24,25 @@ class Recipe:
     seed: int = 0
 
 
+Optimizer = Callable[[Sequence[nn.Parameter], float], torch.optim.Optimizer]
+"""Parameters and learning rate to an optimizer."""
+AfterStep = Callable[[int], None]
+"""A training-time instrument: called with the number of steps done, after each."""
+
+
 def train(
-    parameters: Sequence[nn.Parameter], loss: Callable[[Tensor], Tensor], tokens_NT: Tensor, recipe: Recipe
+    parameters: Sequence[nn.Parameter],
+    loss: Callable[[Tensor], Tensor],
+    tokens_NT: Tensor,
+    recipe: Recipe,
+    *,
+    optimizer: Optimizer | None = None,
+    after: Sequence[AfterStep] = (),
 ) -> list[float]:
     """Minimise `loss(tokens_BT)` over `parameters`; returns the loss of every step, nats per token.
+
+    What is trained on need not be text: `tokens_NT` may hold rows of any kind, such as indices into a set.
+    `optimizer` takes the place of AdamW, and every callable in `after` is told the steps done.
 
     Raises BadData where there are fewer blocks than one batch, and BadOption where nothing can be trained
     or the loss stops being finite.
@@ -40,8 +55,12 @@ def train(
         )
     if not parameters:
         raise BadOption("no parameters to train", expected="at least one", do="choose layers to train")
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
+    chosen = (
+        torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        if optimizer is None
+        else optimizer(parameters, recipe.learning_rate)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: _rate(step, recipe))
     losses: list[float] = []
     for tokens_BT in _batches(tokens_NT, recipe):
         value = loss(tokens_BT)
@@ -51,12 +70,14 @@ def train(
                 expected="a finite loss",
                 do=f"lower the learning rate ({recipe.learning_rate})",
             )
-        optimizer.zero_grad(set_to_none=True)
+        chosen.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        optimizer.step()
+        chosen.step()
         schedule.step()
         losses.append(float(value.detach()))
+        for watch in after:
+            watch(len(losses))
     return losses
 
 

@@ -40,6 +40,18 @@ class TenTimesTheBytes:
         return spec.embedding_bytes() / 1000
 
 
+def test_bytes_are_not_spent_on_what_is_lost_in_rounding() -> None:
+    table = measured()
+    floor = scores({"quantization-sensitivity:floor": [1.01 * max(INFLUENCE) * 4.0**-6] * 6})
+    plan = allocate(table.merge(floor), Budget(bytes=0.9))
+    for edit in plan.edits:
+        if isinstance(edit.target, int):
+            assert edit.arguments["bits"] <= 6  # 6 bits lose nothing that can be measured, so 8 are not bought
+    assert plan.predicted["bytes"] < allocate(table, Budget(bytes=0.9)).predicted["bytes"]
+    assert allocate(table.merge(floor), Budget(bytes=0.9), solver="uniform").edits == (
+        allocate(table, Budget(bytes=0.9), solver="uniform").edits)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("budget", [
     Budget(bytes=0.55), Budget(bytes="3x"), Budget(layers=4), Budget(bits=5.0), Budget(parameters="80%"),

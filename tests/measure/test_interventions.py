@@ -165,7 +165,9 @@ def _nothing_stays_swapped(stack: DecoderStack) -> Iterator[None]:
 def test_the_floor_of_rounding_is_interpolated_and_subtracted() -> None:
     found = {Trial(0, "floor"): 0.4, Trial(2, "floor"): 0.2, Trial("embedding", "4"): 0.5, Trial("head", "4"): 0.5}
     found |= {Trial(layer, "4"): 0.35 for layer in range(3)}
-    (column,) = QuantizationSensitivity(bits=(4,)).finish(3, found)
+    column, floor = QuantizationSensitivity(bits=(4,)).finish(3, found)
+    assert floor.name == "quantization-sensitivity:floor" and floor.important is None
+    assert floor.values == pytest.approx([0.4, 0.3, 0.2])
     assert column.values == pytest.approx([0, 0.05, 0.15])
     assert column.outside == pytest.approx({"embedding": 0.1, "head": 0.5})
 

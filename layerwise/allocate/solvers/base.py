@@ -10,9 +10,11 @@ from layerwise.allocate.choices import Choice, Groups
 
 
 class Solver(ABC):
-    """Base of every solver; subclasses are frozen dataclasses whose fields are settings."""
+    """Base of every solver; subclasses are frozen dataclasses whose fields are settings. A control that
+    does not look at losses says so in `reads_losses`; it is offered every choice."""
 
     name: ClassVar[str]
+    reads_losses: ClassVar[bool] = True
 
     @abstractmethod
     def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:

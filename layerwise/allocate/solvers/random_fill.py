@@ -22,6 +22,7 @@ class RandomFill(Solver):
     """No settings; `seed` decides."""
 
     name: ClassVar[str] = "random"
+    reads_losses: ClassVar[bool] = False
 
     def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         problem = Problem.of(groups, limits)

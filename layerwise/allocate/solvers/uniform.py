@@ -23,6 +23,7 @@ class Uniform(Solver):
     """No settings."""
 
     name: ClassVar[str] = "uniform"
+    reads_losses: ClassVar[bool] = False
 
     def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         problem = Problem.of(groups, limits)
