@@ -22,6 +22,8 @@ INFRASTRUCTURE = {
     "measure": {
         "backward": "the shared backward pass",
         "base": "the interfaces",
+        "causal_tracing": "a table of tokens by layers for one prompt, not a column",
+        "edit_scores": "scores an edit, not a layer",
         "effects": "a matrix of source by target layers, not a column",
         "ending": "the end of a pass, shared by what compares outputs",
         "engine": "runs instruments over data",
@@ -31,13 +33,16 @@ INFRASTRUCTURE = {
         "inputs": "data as inputs to a stack",
         "journal": "resuming after a kill",
         "linear_map": "compares two models, so it is not a column of one",
+        "neighbours": "distances and dimensions of any cloud of points",
         "progress": "the progress bar",
         "sample": "which positions are looked at",
         "scores": "the result",
         "scores_files": "the result as a file",
         "seen": "what a pass shows to instruments",
+        "separation": "tells two groups of states apart, so it is not a column",
         "sweep": "the shared walk of interventions",
         "tally": "running means",
+        "track": "tokens chosen by the caller, followed through the lens",
         "weights": "weights as numbers, however they are stored",
     },
     "nets/families": {
@@ -55,7 +60,10 @@ INFRASTRUCTURE = {
         "base": "the interface",
         "gptq": "one of the ways in which quantize rounds",
         "gram": "the statistics that GPTQ reads",
+        "closed_form": "the algebra of model editing",
+        "model_editing": "changes what is said about one subject, which no row of the table shows",
         "rounding": "the arithmetic of quantize",
+        "wishes": "what an edit should write, found by optimisation",
     },
 }
 """Files that hold no registered implementation, with the reason, per folder that has a registry."""

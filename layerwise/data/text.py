@@ -197,7 +197,7 @@ def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
 def frame(encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
     """The special tokens that `encode` puts before and after every text."""
     empty = encode("")
-    before = common_prefix([empty, encode("a")])
+    before = common_prefix([empty, encode("a")]) if empty else 0
     return empty[:before], empty[before:]
 
 
