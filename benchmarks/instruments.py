@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
-from torch import nn
 
 import layerwise as lw
 from benchmarks.common import Row, interleaved
 from layerwise.measure import INSTRUMENTS
-from layerwise.measure.base import Forward
+from layerwise.measure.base import Forward, Intervention
 from layerwise.measure.leave_one_out import LeaveOneOut
 from layerwise.measure.quantization_sensitivity import QuantizationSensitivity
-from layerwise.stack.base import Skip, Stack
-from layerwise.transform.quantize import Quantize
+from layerwise.stack.base import Stack
 
 BLOCKS, LENGTH = 4, 512
 HEAD = 32
@@ -48,28 +45,29 @@ def _overhead(stack: Stack, data: object, names: list[str]) -> Row:
 def _sweeps(stack: Stack, data: object) -> Iterator[Row]:
     one = data.take(1)  # type: ignore[attr-defined]
     limit = f"{(len(stack) + 1) / (2 * len(stack)):.2f} (half of the layer runs)"
-    sweeps = {
-        "leave-one-out over all layers": (LeaveOneOut(tokens=HEAD), lambda block, row: Skip()),
-        "4-bit sensitivity of all layers": (
-            QuantizationSensitivity(bits=(4,), tokens=HEAD, outside=False),
-            lambda block, row: Quantize(bits=4).apply(block, row)),
+    sweeps: dict[str, Intervention] = {
+        "leave-one-out over all layers": LeaveOneOut(tokens=HEAD),
+        "4-bit sensitivity of all layers, with its floor": QuantizationSensitivity(
+            bits=(4,), tokens=HEAD, outside=False),
     }
-    for what, (instrument, change) in sweeps.items():
+    for what, instrument in sweeps.items():
         seconds = interleaved({
             "shared": lambda: lw.measure(stack, one, [instrument], progress=False),  # noqa: B023
-            "naive": lambda: _naive(stack, one.tokens_NT, change),  # noqa: B023
+            "naive": lambda: _naive(stack, one.tokens_NT, instrument),  # noqa: B023
         }, repeats=2)
         yield Row(f"{what}, {LENGTH} tokens", f"{seconds['shared']:.1f} s; naive loop {seconds['naive']:.1f} s",
                   seconds["shared"] / seconds["naive"], 0.6, "less", limit)
 
 
-def _naive(stack: Stack, tokens_BT: torch.Tensor, change: object) -> None:
-    """The whole model again for the original and for every change; the head at `HEAD` positions."""
-    for layer in (None, *range(len(stack))):
-        swapped = nullcontext()
-        if layer is not None:
-            block: nn.Module = change(stack.block(layer), stack.spec.rows[layer])  # type: ignore[operator]
-            swapped = stack.swap(layer, block)  # type: ignore[assignment]
-        with swapped:
-            state = stack.run(stack.start(tokens_BT))
-            stack.finish(state.moved(state.hidden[:, -HEAD:], state.layer)).float().log_softmax(-1)
+def _naive(stack: Stack, tokens_BT: torch.Tensor, instrument: Intervention) -> None:
+    """The whole model again for the original and for every trial; the head at `HEAD` positions."""
+    _from_the_start(stack, tokens_BT)
+    for trial in instrument.trials(stack):
+        assert isinstance(trial.place, int)
+        with stack.swap(trial.place, instrument.alternative(stack, trial)):  # type: ignore[arg-type]
+            _from_the_start(stack, tokens_BT)
+
+
+def _from_the_start(stack: Stack, tokens_BT: torch.Tensor) -> None:
+    state = stack.run(stack.start(tokens_BT))
+    stack.finish(state.moved(state.hidden[:, -HEAD:], state.layer)).float().log_softmax(-1)

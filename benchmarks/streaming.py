@@ -20,13 +20,14 @@ ALLOWED = 1.5e9
 ROW = LayerSpec(Attention(heads=32, kv_heads=8, head_dim=64), FeedForward(width=8192))
 SPEC = StackSpec("llama", 2048, 32000, (ROW,) * 32, tied=True, dtype="bfloat16", context=4096)
 PROFILE = """
-import json, resource, sys, time
+import json, sys, time
 import torch, layerwise as lw
+from layerwise.report.probe import peak_memory
 stack = lw.open(sys.argv[1], stream=True)
 tokens = torch.randint(stack.spec.vocabulary, (2, 128), generator=torch.Generator().manual_seed(0))
 start = time.perf_counter()
 lw.measure(stack, tokens, ["block-influence", "relative-contribution", "weight-l2"], progress=False)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = peak_memory()
 print(json.dumps({"peak": peak, "seconds": time.perf_counter() - start}))
 """
 

@@ -6,8 +6,8 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from layerwise.errors import BadData, BadOption
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens_BT` int64; `mask_BT` bool, True at real tokens, None if all are; `labels_B` int64 or None."""
+    """`tokens_BT` int64; `mask_BT` bool, True at real tokens, None if all are; `labels_B` int64 or None.
+
+    `inputs` are other named inputs of the model, such as pictures.
+    """
 
     tokens_BT: Tensor
     mask_BT: Tensor | None = None
     labels_B: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int = 0) -> Batch:

@@ -16,6 +16,7 @@ INSTRUMENTS = Registry("instrument", {
     "lim": "layerwise.measure.lim:LayerInputModification",
     "logit-lens-kl": "layerwise.measure.logit_lens_kl:LogitLensKL",
     "logit-lens-overlap": "layerwise.measure.logit_lens_overlap:LogitLensOverlap",
+    "manifold": "layerwise.measure.manifold:Manifold",
     "quantization-sensitivity": "layerwise.measure.quantization_sensitivity:QuantizationSensitivity",
     "relative-contribution": "layerwise.measure.relative_contribution:RelativeContribution",
     "taylor": "layerwise.measure.taylor:Taylor",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-DEPTHS = 8
+DEPTHS = 5
 """The floor varies slowly with depth; it is measured at so many layers and interpolated between them."""
 
 

@@ -76,7 +76,7 @@ class Inputs:
         for batch in batches:
             check_tokens(batch.tokens_BT, self.stack.spec.vocabulary)
             mask_BT = None if batch.mask_BT is None or bool(batch.mask_BT.all()) else batch.mask_BT.bool()
-            yield Input((batch.tokens_BT, mask_BT), {}, batch.tokens_BT, mask_BT)
+            yield Input((batch.tokens_BT, mask_BT), batch.inputs, batch.tokens_BT, mask_BT)
 
     def _calls(self) -> Iterator[Input]:
         for call in calls(self.data, self.size or 8):
@@ -85,13 +85,15 @@ class Inputs:
 
 
 def fingerprint(inputs: Iterable[Input]) -> tuple[str, int]:
-    """A hash of all tokens and masks, and the number of real tokens; ("", 0) where there are no tokens."""
+    """A hash of all tokens, masks and other inputs, and the number of real tokens; ("", 0) where there are no tokens."""
     digest, count = hashlib.sha256(), 0
     for item in inputs:
         if item.tokens_BT is None:
             return "", 0
         tokens_N = item.tokens_BT if item.mask_BT is None else item.tokens_BT[item.mask_BT]
         digest.update(repr(tuple(item.tokens_BT.shape)).encode() + tokens_N.cpu().numpy().tobytes())
+        for name, value in sorted(item.kwargs.items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
         count += tokens_N.numel()
     return digest.hexdigest()[:16], count
 

@@ -109,7 +109,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = _table(spec.embedding_format, spec)
-        self.positions = nn.Embedding(spec.learned_positions, spec.hidden) if spec.learned_positions else None
+        self.positions = _embedding(spec.learned_positions, spec.hidden) if spec.learned_positions else None
         self.layers = nn.ModuleList(Block(row, spec.hidden) for row in spec.rows)
         self.norm = build_norm(spec.final_norm, spec.hidden)
         self.head: nn.Embedding | PackedEmbedding | None = None if spec.tied else _table(spec.head_format, spec)
@@ -140,8 +140,15 @@ class Decoder(nn.Module):
 
 def _table(packed: Format | None, spec: StackSpec) -> nn.Embedding | PackedEmbedding:
     if packed is None:
-        return nn.Embedding(spec.vocabulary, spec.hidden)
+        return _embedding(spec.vocabulary, spec.hidden)
     return PackedEmbedding.empty(spec.vocabulary, spec.hidden, packed, getattr(torch, spec.dtype))
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    weight_RW = torch.empty(rows, width)
+    if not weight_RW.is_meta:  # drawing numbers on the meta device would import torch's compiler, over a second
+        weight_RW.normal_()
+    return nn.Embedding(rows, width, _weight=weight_RW)
 
 
 def _shallow(module: M) -> M:

@@ -10,10 +10,16 @@ import torch
 from torch import nn
 
 from layerwise.io.source import read
+from layerwise.registry import Registry
 from layerwise.spec import StackSpec
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack, load
 from layerwise.stack.module import ModuleStack
+from layerwise.stack.vision import is_vision_language, open_vision_language
+
+TRAINED = Registry("trained demo", dict.fromkeys(("tiny-vlm", "tiny-vlm-quick"),
+                                                "layerwise.train.vision_language:demo"))
+"""Demo models that are trained here on first use: name to what makes the folder."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,7 +30,7 @@ def open(source: str | Path | nn.Module, *, dtype: str | None = None,
     """Open a model to its layers.
 
     `source` is a Hugging Face folder or hub id, a `.gguf` file, a saved layer-table folder, the name of a
-    demo model (`smollm2`, `gemma3-270m`), or any `torch.nn.Module`. Weights are memory-mapped: a layer is
+    demo model (`smollm2`, `gemma3-270m`, `tiny-vlm`), or any `torch.nn.Module`. Weights are memory-mapped: a layer is
     read when it first runs. `stream` reads layers from disk every time they run and keeps none; by default
     it is chosen when the stored weights exceed four fifths of the free memory. `dtype` is the stored one
     unless given. `blocks` names the layers of a module, or tests for them, where the lists of repeated
@@ -34,6 +40,11 @@ def open(source: str | Path | nn.Module, *, dtype: str | None = None,
     """
     if isinstance(source, nn.Module):
         return ModuleStack(source, blocks=blocks)
+    if str(source) in TRAINED and not Path(source).exists():
+        source = Path(TRAINED[str(source)](str(source)))
+    if is_vision_language(source):
+        return open_vision_language(source, device=torch.device(device) if device else None,
+                                    dtype=DTYPES[dtype] if dtype else None)
     found = read(source)
     if stream is None:
         stream = found.spec.bytes() > 0.8 * psutil.virtual_memory().available and device is None

@@ -7,6 +7,7 @@ SYSTEMS = Registry(
     {
         "effective-depth": "layerwise.systems.measure.effective_depth:run",
         "depth-efficiency": "layerwise.systems.measure.depth_efficiency:run",
+        "rema": "layerwise.systems.measure.rema:run",
         "reassess-layer-pruning": "layerwise.systems.transform.reassess_layer_pruning:run",
         "layerwise-quant": "layerwise.systems.transform.layerwise_quant:run",
         "unified-layer-skipping": "layerwise.systems.generate.unified_layer_skipping:run",
