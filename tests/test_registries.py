@@ -27,6 +27,7 @@ INFRASTRUCTURE = {
         "effects": "a matrix of source by target layers, not a column",
         "ending": "the end of a pass, shared by what compares outputs",
         "engine": "runs instruments over data",
+        "explained": "regression on scores, not a score",
         "floor": "what rounding alone does to predictions",
         "forward": "the shared forward pass",
         "identity": "which model was measured",
