@@ -35,6 +35,7 @@ INFRASTRUCTURE = {
         "journal": "resuming after a kill",
         "linear_map": "compares two models, so it is not a column of one",
         "neighbours": "distances and dimensions of any cloud of points",
+        "perturbation": "perturbs parts of any network, which are not rows",
         "progress": "the progress bar",
         "sample": "which positions are looked at",
         "scores": "the result",

@@ -8,6 +8,7 @@ SYSTEMS = Registry(
         "effective-depth": "layerwise.systems.measure.effective_depth:run",
         "depth-efficiency": "layerwise.systems.measure.depth_efficiency:run",
         "rema": "layerwise.systems.measure.rema:run",
+        "layer-criticality": "layerwise.systems.measure.layer_criticality:run",
         "reassess-layer-pruning": "layerwise.systems.transform.reassess_layer_pruning:run",
         "layerwise-quant": "layerwise.systems.transform.layerwise_quant:run",
         "unified-layer-skipping": "layerwise.systems.generate.unified_layer_skipping:run",
