@@ -5,7 +5,7 @@ Shapes: P positions, C hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,8 +28,15 @@ class Ending:
     head: Callable[[Tensor], Tensor]
     vocabulary: int
 
-    def log_p(self) -> Iterator[Tensor]:
-        """Log-probabilities in float32, [some of P, V] at a time."""
+    def log_p(self) -> Iterable[Tensor]:
+        """Log-probabilities in float32, [some of P, V] at a time; kept where they are few."""
+        return self._few if len(self.hidden_PC) * self.vocabulary <= CHUNK else self._chunks()
+
+    @cached_property
+    def _few(self) -> list[Tensor]:
+        return list(self._chunks())
+
+    def _chunks(self) -> Iterator[Tensor]:
         for rows_PC in self.hidden_PC.split(max(1, CHUNK // self.vocabulary)):
             yield torch.log_softmax(self.head(rows_PC).float(), -1)
 

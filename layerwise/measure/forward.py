@@ -175,22 +175,27 @@ class Passage:
         if self.places_P is None:
             return
         self._keep()
-        for rows_LPC in _chunks(self.kept_PC, self.stack.spec.vocabulary):
-            final = self._read(rows_LPC[-1])
-            for layer, rows_PC in enumerate(rows_LPC[:-1]):
-                self.wanted.show(layer, Seen({}, lens=(self._read(rows_PC), final)), lens=True)
+        most = max(1, CHUNK // self.stack.spec.vocabulary)
+        for rows_LPC in _chunks(self.kept_PC, most):
+            (final,) = self._read(rows_LPC[-1:])
+            together = max(1, most // len(rows_LPC[0]))
+            for first in range(0, len(rows_LPC) - 1, together):
+                readings = self._read(rows_LPC[first : min(first + together, len(rows_LPC) - 1)])
+                for layer, reading in enumerate(readings, first):
+                    self.wanted.show(layer, Seen({}, lens=(reading, final)), lens=True)
 
     def _keep(self) -> None:
         if self.places_P is not None:
             self.kept_PC.append(self.state.hidden.flatten(0, 1)[self.places_P])
 
-    def _read(self, rows_PC: Tensor) -> Reading:
-        logits_1PV: Tensor = self.stack.finish(self.state.moved(rows_PC[None], len(self.stack)))
-        return Reading(logits_1PV[0])
+    def _read(self, rows_LPC: Sequence[Tensor]) -> Iterator[Reading]:
+        """What the head makes of the rows of several layers, in one product."""
+        rows_1MC = torch.cat([*rows_LPC])[None]
+        logits_1MV: Tensor = self.stack.finish(self.state.moved(rows_1MC, len(self.stack)))
+        yield from map(Reading, logits_1MV[0].split(len(rows_LPC[0])))
 
 
-def _chunks(rows_LPC: list[Tensor], vocabulary: int) -> Iterator[list[Tensor]]:
-    step = max(1, CHUNK // vocabulary)
+def _chunks(rows_LPC: list[Tensor], step: int) -> Iterator[list[Tensor]]:
     yield from (list(part) for part in zip(*(rows_PC.split(step) for rows_PC in rows_LPC), strict=True))
 
 
