@@ -14,7 +14,7 @@ from layerwise.measure.leave_one_out import LeaveOneOut
 from layerwise.measure.quantization_sensitivity import QuantizationSensitivity
 from layerwise.stack.base import Stack
 
-BLOCKS, LENGTH = 4, 512
+BLOCKS, LENGTH = 16, 512
 HEAD = 32
 """Positions of a row at which both sides of a sweep run the head."""
 

@@ -44,6 +44,7 @@ INFRASTRUCTURE = {
         "separation": "tells two groups of states apart, so it is not a column",
         "sweep": "the shared walk of interventions",
         "tally": "running means",
+        "trace": "predictions of one changed walk, not a column",
         "track": "tokens chosen by the caller, followed through the lens",
         "weights": "weights as numbers, however they are stored",
     },
@@ -56,6 +57,7 @@ INFRASTRUCTURE = {
         "controls": "controls that several systems share",
         "curve": "how the loss grows along an order, shared by several systems",
         "record": "full-size results as files and pages",
+        "seeing": "the vision-language model as systems use it",
         "text": "texts that several systems share",
     },
     "transform": {

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.nets.decoder import Block
 from layerwise.stack.base import State
+from layerwise.transform.moments import watching
 
 SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
 
@@ -27,21 +28,13 @@ def grams(block: Block, layer: int, states: Iterable[State]) -> dict[str, Tensor
     matrices = {name: module for name, module in block.matrices().items()
                 if not (routed and name in ("gate", "up", "down"))}
     sums: dict[str, Tensor] = {}
-    watched = [name for name in matrices if SAME_INPUT.get(name) not in matrices]
-    handles = [matrices[name].register_forward_pre_hook(_adder(sums, name)) for name in watched]
-    try:
-        for state in states:
-            block(state.hidden, state.shared, layer)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: sums[name if name in watched else SAME_INPUT[name]] for name in matrices}
+    watched = {name: module for name, module in matrices.items() if SAME_INPUT.get(name) not in matrices}
 
-
-def _adder(sums: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x_NI = args[0].reshape(-1, args[0].shape[-1]).float()
-        gram_II = x_NI.T @ x_NI
+    def add(name: str, x_NI: Tensor) -> None:
+        gram_II = x_NI.float().T @ x_NI.float()
         sums[name] = sums[name] + gram_II if name in sums else gram_II
 
-    return add
+    with watching(watched, add):
+        for state in states:
+            block(state.hidden, state.shared, layer)
+    return {name: sums[name if name in watched else SAME_INPUT[name]] for name in matrices}

@@ -49,7 +49,7 @@ class Scale:
 
 SCALES = {
     "quick": Scale(2, (4, 8), 50, 200, 2, (0.06,)),
-    "full": Scale(3, (8, 16, 32), 400, 500, 5, (0.03, 0.06, 0.1)),
+    "full": Scale(3, (8, 16, 32), 300, 300, 5, (0.04, 0.08)),
 }
 
 
@@ -232,10 +232,10 @@ def _ends(scans: dict[str, Scan], data: str, size: Size) -> Check:
 
 
 def _pretrained(depth: int, seed: int) -> Scan:
-    """A CIFAR-10 ResNet of 6 depth + 2 layers on 128 test images."""
+    """A CIFAR-10 ResNet of 6 depth + 2 layers on 100 test images."""
     folder = data_folder()
     assert folder is not None
     net = ResNet(depth, (16, 32, 64))
     net.load_state_dict(load_file(folder / f"cifar10-resnets/resnet{6 * depth + 2}.safetensors"), strict=False)
     images = ImageData.from_npz(folder / "cifar10/test.npz", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    return scan(net.eval(), lambda: ResNet(depth, (16, 32, 64)), loaded(images.take(128, seed)), 2, seed)
+    return scan(net.eval(), lambda: ResNet(depth, (16, 32, 64)), loaded(images.take(100, seed)), 2, seed)
