@@ -10,7 +10,7 @@ import typer
 
 def demo_names() -> list[str]:
     """What completes a model's name besides paths."""
-    return ["smollm2", "gemma3-270m"]
+    return ["smollm2", "gemma3-270m", "tiny-vlm"]
 
 
 def words(text: str) -> list[str]:

@@ -32,10 +32,13 @@ from layerwise.spec import BITS, StackSpec
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.open import open
+from layerwise.stack.vision import VisionLanguageStack
+from layerwise.train.vision_language import examples
 from layerwise.transform.quantize import Quantize
 
 Tell = Callable[[str], None]
 BLOCKS, LENGTH = 2, 512
+PICTURES = 128
 POSITIONS = 128
 """Positions of every block at which the output of a changed model is compared."""
 
@@ -178,7 +181,12 @@ def _size_at(bits: int, spec: StackSpec) -> int:
 
 
 def calibration_text(stack: Stack, source: str | Path, seed: int) -> TextData:
-    """Blocks to measure on, from the calibration split. Raises BadData for a model without a tokenizer."""
+    """Blocks to measure on, from the calibration split; for a demo that sees, questions about its own pictures.
+
+    Raises BadData for a model without a tokenizer.
+    """
+    if isinstance(stack, VisionLanguageStack) and source == "default":
+        return examples(stack, PICTURES, seed)
     if stack.tokenizer is None:
         raise BadData(
             f"{stack.name}, which has no tokenizer",

@@ -35,6 +35,7 @@ from layerwise.data.scene_text import (
     plain_text,
 )
 from layerwise.data.scenes import COLOURS, SIDE, Scenes, World, draw_one, draw_two
+from layerwise.errors import BadData
 from layerwise.io.places import cache_folder
 from layerwise.io.tokenizer import Tokenizer
 from layerwise.measure.progress import Progress
@@ -99,6 +100,16 @@ def _save(stack: VisionLanguageStack, vocabulary: Vocabulary, folder: Path) -> N
         write_tokenizer(vocabulary, Path(assets))
         stack.tokenizer = Tokenizer(assets)
         stack.save(folder)
+
+
+def examples(stack: VisionLanguageStack, count: int, seed: int) -> SceneData:
+    """Questions about new pictures of two things, for measuring a demo on. Raises BadData for another model."""
+    if stack.name not in DEMOS:
+        raise BadData(f"{stack.name}, of whose world nothing is known", expected=f"one of {', '.join(DEMOS)}",
+                      do="give batches with pixels_B3SS, or text")
+    vocabulary, draw = Vocabulary(DEMOS[stack.name].world), random.Random(seed)
+    scenes = draw_two(vocabulary.world, count, torch.Generator().manual_seed(3000 + seed))
+    return about_scenes(vocabulary, scenes, PAIRS, draw)
 
 
 def make(training: Training) -> VisionLanguageStack:
