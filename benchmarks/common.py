@@ -7,8 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,9 @@ class Row:
         return self.ratio <= self.must if self.better == "less" else self.ratio >= self.must
 
 
-def interleaved(
-    candidates: dict[str, Callable[[], object]], repeats: int = 3, warmup: int = 1
-) -> dict[str, float]:
+def interleaved(candidates: dict[K, Callable[[], object]], repeats: int = 3, warmup: int = 1) -> dict[K, float]:
     """Median seconds of each candidate; they take turns, so that a busy moment hits all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[K, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
         for name, work in candidates.items():
             start = time.perf_counter()
