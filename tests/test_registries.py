@@ -46,6 +46,8 @@ INFRASTRUCTURE = {
         "tally": "running means",
         "trace": "predictions of one changed walk, not a column",
         "track": "tokens chosen by the caller, followed through the lens",
+        "weight_probe": "reads many models at once, so it is not a column of one",
+        "utilized": "any linear layers, which are not rows",
         "weights": "weights as numbers, however they are stored",
     },
     "nets/families": {
@@ -66,7 +68,9 @@ INFRASTRUCTURE = {
         "gram": "the statistics that GPTQ reads",
         "closed_form": "the algebra of model editing",
         "model_editing": "changes what is said about one subject, which no row of the table shows",
+        "moments": "statistics of inputs, shared by several",
         "rounding": "the arithmetic of quantize",
+        "subspace": "the arithmetic of low-rank weights",
         "wishes": "what an edit should write, found by optimisation",
     },
 }

@@ -7,7 +7,9 @@ SYSTEMS = Registry(
     {
         "effective-depth": "layerwise.systems.measure.effective_depth:run",
         "depth-efficiency": "layerwise.systems.measure.depth_efficiency:run",
+        "probex": "layerwise.systems.measure.probex:run",
         "rema": "layerwise.systems.measure.rema:run",
+        "utilized-rank": "layerwise.systems.measure.utilized_rank:run",
         "layer-criticality": "layerwise.systems.measure.layer_criticality:run",
         "reassess-layer-pruning": "layerwise.systems.transform.reassess_layer_pruning:run",
         "layerwise-quant": "layerwise.systems.transform.layerwise_quant:run",
