@@ -13,6 +13,7 @@ from layerwise.allocate.choices import dropped, keep, quantized
 from layerwise.allocate.cost import totals
 from layerwise.allocate.losses import Alternative
 from layerwise.allocate.plan import Plan
+from layerwise.allocate.solvers import SOLVERS
 from layerwise.allocate.stopwatch import Stopwatch
 from layerwise.data.text import TextData, text_blocks
 from layerwise.errors import BadData, BadModel, BadOption
@@ -41,6 +42,9 @@ BLOCKS, LENGTH = 2, 512
 PICTURES = 128
 POSITIONS = 128
 """Positions of every block at which the output of a changed model is compared."""
+
+SPENT = 0.9
+"""Share of a budget from which it counts as used."""
 
 
 @dataclass(frozen=True)
@@ -261,4 +265,13 @@ def _verify(
     tell("verifying on text that had no part in this")
     kept = kept_layers(stack.spec, plan)
     text = verification_text(stack, data)
-    return verify(stack, open(model), text, kept=kept, seed=seed, progress=progress)
+    report = verify(stack, open(model), text, kept=kept, seed=seed, progress=progress)
+    return replace(report, notes=(*report.notes, *_spare(plan)))
+
+
+def _spare(plan: Plan) -> list[str]:
+    """Why a plan may leave much of its budget: more would buy nothing that can be measured."""
+    spent = max(plan.predicted[currency] / limit for currency, limit in plan.limits.items())
+    if spent > SPENT or not SOLVERS[plan.solver].reads_losses:
+        return []
+    return [f"{spent:.0%} of the budget is used: what more would buy differs by no more than rounding does"]
