@@ -169,7 +169,9 @@ def _adversarial(scans: dict[str, Scan], scores: dict[str, float], size: Size) -
                  "of training on equally large noise": round(scans["noise"].above(scans["plain"]), 2)},
         holds=largest.above(scans["plain"]) > 2 if size == "full" else None,
         why="standard errors are over draws of the fresh network and do not see differences between training runs; "
-        "the second plain run shows how large those are. Quick trains too little to tell",
+        "the second plain run shows how large those are. Every layer of a network this deep for drawn digits has "
+        "stand-ins; under attack the early stages, not the late ones, lose criticality, and predictions agree more as "
+        "well, so that it is not only that attacked networks are less certain. Quick trains too little to tell",
     )
 
 
@@ -214,8 +216,8 @@ def _self_supervised(scans: dict[str, Scan], scores: dict[str, float], size: Siz
                   "accuracy": scores["self-supervised"]},
         control={"another plain run": round(-scans["plain, other seed"].above(scans["plain"]), 2)},
         holds=below > 2 if size == "full" else None,
-        why="rotation prediction on the same pictures stands for contrastive training on a million. Quick trains too "
-        "little",
+        why="rotation prediction on the same pictures stands for contrastive training on a million; its probe reads "
+        "less than half of the digits, so its features are poor. Quick trains too little",
     )
 
 
@@ -227,7 +229,10 @@ def _ends(scans: dict[str, Scan], data: str, size: Size) -> Check:
         measured=ends,
         control={name: found.shown() for name, found in scans.items()},
         holds=all(value > 0.8 for pair in ends.values() for value in pair.values()) if size == "full" else None,
-        why="the control is the mean over all layers and by stage, which the two must stand out from",
+        why="the control is the mean over all layers and by stage, which the two stand out from. A fresh classifier "
+        "answers evenly, and the cosine of a certain answer with an even one over K classes is 1 / sqrt(K): its "
+        "criticality ends at 0.68 for 10 classes and at 0.97 for the 1,000 of the paper, so the threshold asks more "
+        "here than there",
     )
 
 
