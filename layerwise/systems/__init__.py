@@ -11,6 +11,8 @@ SYSTEMS = Registry(
         "rema": "layerwise.systems.measure.rema:run",
         "utilized-rank": "layerwise.systems.measure.utilized_rank:run",
         "layer-criticality": "layerwise.systems.measure.layer_criticality:run",
+        "layer-rotation": "layerwise.systems.measure.layer_rotation:run",
+        "localization-editing": "layerwise.systems.measure.localization_editing:run",
         "reassess-layer-pruning": "layerwise.systems.transform.reassess_layer_pruning:run",
         "layerwise-quant": "layerwise.systems.transform.layerwise_quant:run",
         "unified-layer-skipping": "layerwise.systems.generate.unified_layer_skipping:run",
