@@ -20,10 +20,10 @@ SYSTEMS = Registry(
         "localization-editing": "layerwise.systems.measure.localization_editing:run",
         "popvqa": "layerwise.systems.measure.popvqa:run",
         "cross-modal-flow": "layerwise.systems.measure.cross_modal_flow:run",
+        "timetic": "layerwise.systems.measure.timetic:run",
         "reassess-layer-pruning": "layerwise.systems.transform.reassess_layer_pruning:run",
         "layerwise-quant": "layerwise.systems.transform.layerwise_quant:run",
         "unified-layer-skipping": "layerwise.systems.generate.unified_layer_skipping:run",
-        "timetic": "layerwise.systems.measure.timetic:run",
     },
 )
 """The systems that are done; `layerwise.systems.catalogue` lists all of them."""
