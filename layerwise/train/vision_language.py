@@ -57,12 +57,12 @@ class Training:
     layers: int = 8
     hidden: int = 64
     widths: tuple[int, ...] = (24, 48, 64)
-    read: int = 1200
-    see: int = 700
-    align: int = 300
-    tune: int = 900
+    read: int = 500
+    see: int = 450
+    align: int = 200
+    tune: int = 1300
     pictures: int = 8192
-    batch: int = 64
+    batch: int = 48
     rate: float = 3e-3
     seed: int = 0
 
@@ -192,15 +192,16 @@ def _look(
 
     def tuned(rows_B: Tensor) -> Tensor:
         bar.step()
-        losses = _answer_loss(stack, pairs, rows_B % len(two), asks), _answer_loss(stack, single, rows_B, asks)
-        return losses[0] + losses[1] + next_token_loss(stack, text_NT[rows_B[: len(rows_B) // 2] % len(text_NT)])
+        asked = _answer_loss(stack, pairs, rows_B % len(two), asks)
+        alone = _answer_loss(stack, single, rows_B[: len(rows_B) // 2], asks)
+        return asked + alone + next_token_loss(stack, text_NT[rows_B[: len(rows_B) // 3] % len(text_NT)])
 
     stack.decoder.requires_grad_(False)
     projector = list(stack.vision.projector.parameters())
     train(projector, aligned, torch.arange(len(two)), _recipe(training, training.align, 1.0))
     stack.decoder.requires_grad_(True)
     rows = torch.arange(len(single[0]))
-    train([*projector, *stack.decoder.parameters()], tuned, rows, _recipe(training, training.tune, 0.5))
+    train([*projector, *stack.decoder.parameters()], tuned, rows, _recipe(training, training.tune, 0.7))
 
 
 def _rows(*parts: SceneData) -> tuple[Tensor, Tensor]:
