@@ -59,6 +59,8 @@ INFRASTRUCTURE = {
         "track": "tokens chosen by the caller, followed through the lens",
         "traffic": "counts what runs, whatever it is",
         "weight_probe": "reads many models at once, so it is not a column of one",
+        "live": "memory of tensors, a measure of methods and not of layers",
+        "ntk": "kernels between inputs, a matrix for every parameter",
         "sustainability": "compares two inputs, and is trained against",
         "training": "callbacks of a training loop",
         "utilized": "any linear layers, which are not rows",

@@ -15,6 +15,7 @@ SYSTEMS = Registry(
         "layer-criticality": "layerwise.systems.measure.layer_criticality:run",
         "layer-rotation": "layerwise.systems.measure.layer_rotation:run",
         "lsa": "layerwise.systems.measure.lsa:run",
+        "torchntk": "layerwise.systems.measure.torchntk:run",
         "dst": "layerwise.systems.measure.dst:run",
         "gender-neurons": "layerwise.systems.measure.gender_neurons:run",
         "localization-editing": "layerwise.systems.measure.localization_editing:run",
