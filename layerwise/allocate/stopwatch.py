@@ -7,8 +7,6 @@ a cache that a single layer would fit into.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 
 from layerwise.errors import BadBudget
+from layerwise.measure.timing import median_seconds
 from layerwise.nets.decoder import Block, Decoder
 from layerwise.nets.flow import Flow, LayerCache
 from layerwise.spec import Attention, LayerSpec, Opaque, StackSpec
@@ -88,12 +87,7 @@ class Stopwatch:
             return self._median(lambda: decoder(token_11, flow))
 
     def _median(self, call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(self.repeats + 1):
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-        return 1e3 * statistics.median(times[1:])
+        return 1e3 * median_seconds(call, self.repeats)
 
 
 def _filled(build: Callable[[], M], dtype: torch.dtype) -> M:

@@ -19,6 +19,7 @@ INSTRUMENTS = Registry("instrument", {
     "manifold": "layerwise.measure.manifold:Manifold",
     "quantization-sensitivity": "layerwise.measure.quantization_sensitivity:QuantizationSensitivity",
     "relative-contribution": "layerwise.measure.relative_contribution:RelativeContribution",
+    "roofline": "layerwise.measure.roofline:Roofline",
     "taylor": "layerwise.measure.taylor:Taylor",
     "weight-l1": "layerwise.measure.weight_magnitude:WeightL1",
     "weight-l2": "layerwise.measure.weight_magnitude:WeightL2",

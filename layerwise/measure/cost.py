@@ -9,8 +9,6 @@ the first batch of the data; their decode time is nan.
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +17,7 @@ import torch
 
 from layerwise.measure.base import Call, PerLayer
 from layerwise.measure.seen import Vectors
+from layerwise.measure.timing import median_seconds
 from layerwise.nets.flow import LayerCache
 from layerwise.spec import Attention, LayerSpec
 from layerwise.stack.base import Stack
@@ -44,11 +43,12 @@ class Cost(PerLayer):
     """Columns `parameters`, `bytes`, `flops`, `prefill-ms` and `decode-ms`.
 
     Prefill is one prompt of `prompt` tokens (at most the context), decode one further token after it.
-    `repeats` measurements follow a warm-up.
+    `repeats` measurements follow a warm-up; `cold` empties the processor's caches before each.
     """
 
     prompt: int = 512
     repeats: int = 5
+    cold: bool = False
 
     name: ClassVar[str] = "cost"
     unit: ClassVar[str] = ""
@@ -68,8 +68,12 @@ class Cost(PerLayer):
             return size | self._decoder(stack, layer)
         return size | (self._module(stack, call) if call is not None else {})
 
+    def tokens(self, stack: DecoderStack) -> int:
+        """Tokens of the prompt that is timed."""
+        return min(self.prompt, stack.spec.context - self.repeats - 1)
+
     def _decoder(self, stack: DecoderStack, layer: int) -> dict[str, float]:
-        prompt = min(self.prompt, stack.spec.context - self.repeats - 1)
+        prompt = self.tokens(stack)
         generator = torch.Generator().manual_seed(0)
         tokens_1T = torch.randint(stack.spec.vocabulary, (1, prompt), generator=generator)
         one = slice(layer, layer + 1)
@@ -92,11 +96,4 @@ class Cost(PerLayer):
 
     def _time(self, stack: Stack, call: Callable[[], object]) -> float:
         """Median milliseconds."""
-        times = []
-        for _ in range(self.repeats + 1):
-            began = time.perf_counter()
-            call()
-            if stack.device.type == "cuda":
-                torch.cuda.synchronize(stack.device)
-            times.append(time.perf_counter() - began)
-        return 1e3 * statistics.median(times[1:])
+        return 1e3 * median_seconds(call, self.repeats, stack.device, cold=self.cold)
