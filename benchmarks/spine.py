@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks import decoder, instruments, startup, streaming
 from benchmarks.common import Row, bandwidth, machine, peak, table
@@ -31,6 +32,7 @@ def main() -> None:
 
 def _page(scratch: Path) -> str:
     optimized, found = _optimize(scratch / "run")
+    low, high = found["after"]["perplexity_interval"]
     rows = [*optimized, *decoder.rows(scratch / "run" / "model"), *instruments.rows(), *startup.rows(),
             *streaming.rows(scratch)]
     return "\n\n".join([
@@ -38,12 +40,12 @@ def _page(scratch: Path) -> str:
         f"Machine: {machine()}; {bandwidth() / 1e9:.0f} GB/s of memory, {peak() / 1e12:.2f} TFLOP/s in bfloat16.",
         table(rows),
         f"The optimized model: perplexity {found['before']['perplexity']:.3f} before, "
-        f"{found['after']['perplexity']:.3f} after (interval {found['after']['perplexity_interval']}), peak memory "
+        f"{found['after']['perplexity']:.3f} after (interval [{low:.3f}, {high:.3f}]), peak memory "
         f"{found['before']['peak_memory_bytes'] / 1e6:.0f} MB before, {found['after']['peak_memory_bytes'] / 1e6:.0f} "
         "MB after, each in a process of its own."])
 
 
-def _optimize(run: Path) -> tuple[list[Row], dict[str, dict[str, float]]]:
+def _optimize(run: Path) -> tuple[list[Row], dict[str, dict[str, Any]]]:
     start = time.perf_counter()
     command = [sys.executable, "-m", "layerwise.cli", "optimize", "smollm2", "--bytes", "55%", "-o", str(run), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
