@@ -23,6 +23,7 @@ INFRASTRUCTURE = {
         "backward": "the shared backward pass",
         "base": "the interfaces",
         "causal_tracing": "a table of tokens by layers for one prompt, not a column",
+        "consistency": "agreement of answers, not of layers",
         "concepts": "maps of chosen words for chosen prompts, not a column",
         "edit_scores": "scores an edit, not a layer",
         "edit_study": "scores edits, not layers",
@@ -70,6 +71,7 @@ INFRASTRUCTURE = {
         "base": "the interface",
     },
     "systems": {
+        "asking": "sums asked of a model in many ways",
         "base": "the contract, and running one system by id",
         "catalogue": "reads catalogue.toml",
         "controls": "controls that several systems share",

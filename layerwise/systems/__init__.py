@@ -20,6 +20,7 @@ SYSTEMS = Registry(
         "gender-neurons": "layerwise.systems.measure.gender_neurons:run",
         "localization-editing": "layerwise.systems.measure.localization_editing:run",
         "popvqa": "layerwise.systems.measure.popvqa:run",
+        "internal-consistency": "layerwise.systems.measure.internal_consistency:run",
         "cross-modal-flow": "layerwise.systems.measure.cross_modal_flow:run",
         "timetic": "layerwise.systems.measure.timetic:run",
         "reassess-layer-pruning": "layerwise.systems.transform.reassess_layer_pruning:run",
