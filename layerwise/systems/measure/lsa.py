@@ -145,9 +145,9 @@ def _noise(studies: list[Study], size: Size, seed: int) -> Check:
         measured={name: _rounded(pair[0]) for name, pair in found.items()},
         control={name: _rounded(pair[1]) for name, pair in found.items()},
         holds=all(bool((a > b).all()) for a, b in found.values()),
-        why="plainly trained networks, mean over batches and seeds; noise and attack have the same norm for every item. "
-        "Where it fails it is the first layer of the perceptrons on moons, by less than one per cent: that layer sees "
-        "two coordinates, and an attack aims at the loss and not at it",
+        why="plainly trained networks, mean over batches and seeds; noise and attack have the same norm for every "
+        "item. Where it fails it is the first layer of the perceptrons on moons, by less than one per cent: that layer "
+        "sees two coordinates, and an attack aims at the loss and not at it",
     )
 
 
