@@ -1,6 +1,4 @@
-"""Sums of three digits asked of a language model, and all the ways in which it answers.
-
-Middle and result have one digit, so that an answer is one token.
+"""Sums asked of a language model, and all the ways in which it answers. An answer is one digit, one token.
 
 Shapes: N items, B of a batch, D depths (layers + 1), R rules, S samples, K digits, V vocabulary.
 """
@@ -22,32 +20,33 @@ from layerwise.stack.tail import Tail
 DIGITS, OTHER, CHOICES = 10, 10, 11
 """Answers are digits; anything else counts as one more."""
 RULES = (Sampling(), Sampling(1.0), Sampling(1.0, top_k=50), Sampling(1.0, top_p=0.95))
-OPERATIONS = ("++", "+-", "-+", "--")
+SIGNS = ("+", "-", "*")
 
 
 @dataclass(frozen=True)
 class Sum:
-    """`left first right second last`, such as 5 + 3 - 2, with the middle and the result within one digit."""
+    """`left sign right`, such as 5 + 3, with a result of one digit, and a step on the way to it."""
 
-    numbers: tuple[int, int, int]
-    operations: str
-
-    @property
-    def middle(self) -> int:
-        return self.numbers[0] + int(self.operations[0] + "1") * self.numbers[1]
+    left: int
+    sign: str
+    right: int
 
     @property
     def result(self) -> int:
-        return self.middle + int(self.operations[1] + "1") * self.numbers[2]
+        return {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[self.sign]
 
     @property
     def question(self) -> str:
-        (a, b, c), signs = self.numbers, self.operations
-        return f"{a} {signs[0]} {b} {signs[1]} {c} ="
+        return f"{self.left} {self.sign} {self.right} ="
 
     @property
     def reasoning(self) -> str:
-        return f"{self.question} {self.middle} {self.operations[1]} {self.numbers[2]} = {self.result}"
+        step = {
+            "+": f"{self.left + 1} + {self.right - 1}",
+            "-": f"{self.left - 1} - {self.right - 1}",
+            "*": f"{self.left * (self.right - 1)} + {self.left}",
+        }[self.sign]
+        return f"{self.question} {step} = {self.result}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,8 @@ class Asking:
 
     def __init__(self, stack: DecoderStack, seed: int) -> None:
         self.stack, self.seed = stack, seed
-        self.examples = items(4, OPERATIONS, random.Random(seed + 1))
+        draw = random.Random(seed + 1)
+        self.examples = [item for sign in SIGNS for item in items(2, sign, draw)]
         assert stack.tokenizer is not None
         self.encode = stack.tokenizer.encode
         self.digits_K = torch.tensor([self.encode(str(digit))[-1] for digit in range(DIGITS)])
@@ -87,13 +87,12 @@ class Asking:
         return torch.where(same.any(-1), same.int().argmax(-1), OTHER)
 
 
-def items(count: int, operations: Sequence[str], draw: random.Random) -> list[Sum]:
-    """Sums with digits from 1 to 9 whose middle and result have one digit."""
+def items(count: int, signs: Sequence[str], draw: random.Random) -> list[Sum]:
+    """Sums, differences or products of digits from 1 to 9 whose result is one digit."""
     found: list[Sum] = []
     while len(found) < count:
-        a, b, c = (draw.randint(1, 9) for _ in range(3))
-        new = Sum((a, b, c), draw.choice(operations))
-        if 0 <= new.middle < DIGITS and 0 <= new.result < DIGITS:
+        new = Sum(draw.randint(1, 9), draw.choice(signs), draw.randint(1, 9))
+        if 0 <= new.result < DIGITS:
             found.append(new)
     return found
 
@@ -102,13 +101,13 @@ def items(count: int, operations: Sequence[str], draw: random.Random) -> list[Su
 def fitting(asking: Asking, tried: int) -> tuple[str, ...]:
     """The kinds of sums of which 30 to 80 % are answered rightly, on items used for nothing else; all if none."""
     kept = []
-    for kind in OPERATIONS:
+    for kind in SIGNS:
         sums = items(tried, (kind,), random.Random(asking.seed + 3))
         tail = asking.tail(sums)
         greedy_N = asking.answer(tail.last(tail.run(tail.enter())).argmax(-1))
         share = float((greedy_N == torch.tensor([s.result for s in sums])).float().mean())
         kept += [kind] if 0.3 <= share <= 0.8 else []
-    return tuple(kept) or OPERATIONS
+    return tuple(kept) or SIGNS
 
 
 @torch.inference_mode()

@@ -7,26 +7,28 @@ import random
 import torch
 
 from layerwise.stack.decoder import DecoderStack
-from layerwise.systems.asking import OPERATIONS, OTHER, RULES, Asking, Sum, items, read
+from layerwise.systems.asking import OTHER, RULES, SIGNS, Asking, Sum, items, read
 
 
-def test_a_sum_knows_its_middle_and_result() -> None:
-    made = Sum((5, 3, 2), "+-")
-    assert (made.middle, made.result) == (8, 6)
-    assert made.question == "5 + 3 - 2 ="
-    assert made.reasoning == "5 + 3 - 2 = 8 - 2 = 6"
-    assert Sum((9, 1, 3), "--").result == 5
+def test_every_step_on_the_way_has_the_same_result() -> None:
+    assert Sum(5, "+", 3).reasoning == "5 + 3 = 6 + 2 = 8"
+    assert Sum(7, "-", 2).reasoning == "7 - 2 = 6 - 1 = 5"
+    assert Sum(3, "*", 2).reasoning == "3 * 2 = 3 + 3 = 6"
+    for item in items(200, SIGNS, random.Random(0)):
+        question, step, result = item.reasoning.split(" = ")
+        assert eval(question) == eval(step) == int(result) == item.result
 
 
 def test_items_have_one_digit_throughout() -> None:
-    found = items(200, OPERATIONS, random.Random(0))
-    assert all(0 <= s.middle <= 9 and 0 <= s.result <= 9 for s in found)
-    assert {s.operations for s in found} == set(OPERATIONS)
-    assert len({len(s.question) for s in found}) == 1
+    found = items(200, SIGNS, random.Random(0))
+    assert all(0 <= s.result <= 9 for s in found)
+    assert {s.sign for s in found} == set(SIGNS)
+    assert {len(s.question) for s in found} == {7}
+    assert {s.sign for s in items(50, "+", random.Random(0))} == {"+"}
 
 
 def test_prompts_end_where_the_answer_begins(small: DecoderStack) -> None:
-    asking, sums = Asking(small, 0), items(3, OPERATIONS, random.Random(1))
+    asking, sums = Asking(small, 0), items(3, SIGNS, random.Random(1))
     rows, place = asking.rows(sums)
     assert [bytes(row[place:]).decode() for row in rows] == [f"{s.question} " for s in sums]
     assert len({len(row) for row in rows}) == 1
@@ -34,7 +36,7 @@ def test_prompts_end_where_the_answer_begins(small: DecoderStack) -> None:
 
 
 def test_readings_equal_a_plain_pass(small: DecoderStack) -> None:
-    asking, sums = Asking(small, 0), items(5, OPERATIONS, random.Random(1))
+    asking, sums = Asking(small, 0), items(5, SIGNS, random.Random(1))
     found = read(asking, sums, batch=2)
     rows, _ = asking.rows(sums)
     logits_NV = small(torch.tensor(rows))[:, -1].float()

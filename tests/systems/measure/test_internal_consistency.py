@@ -17,7 +17,7 @@ def test_a_response_is_its_last_digit_before_the_line_ends(
     said = [b"8 - 2 = 6\n", b"6\n 7 8 9 0", b"6 so\n 12345", b"no end  12"]
     tokens_NDA = torch.tensor([list(line[:9]) for line in said])[None]
     monkeypatch.setattr(internal_consistency, "draws", lambda *_: tokens_NDA)
-    found = internal_consistency._responses(Asking(small, 0), [Sum((5, 3, 2), "+-")])
+    found = internal_consistency._responses(Asking(small, 0), [Sum(5, "+", 3)])
     assert found.tolist() == [[6, 6, OTHER, 1]]
 
 
