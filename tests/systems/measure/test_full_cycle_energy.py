@@ -25,8 +25,8 @@ def test_a_cheap_query_that_was_dear_to_make() -> None:
     made = bench({"dense": (10, 1e-3, 0.9), "int8": (40, 1e-4, 0.9), "low rank, healed": (20, 9e-4, 0.9),
                   "distilled, teacher paid": (20, 2e-3, 0.9), "pruned, healed": (20, 1e-3, 0.9)})
     again = bench({"dense": (10, 1.05e-3, 0.9)})
-    assert _intensity(made).holds is True
-    assert _light(made).holds is True
+    assert _intensity(made, again).holds is True
+    assert _light(made, again).holds is True
     even = _even(made, again)
     assert even.holds is True
     assert even.measured["int8"] == pytest.approx(30 / 9e-4, rel=1e-3)
@@ -38,10 +38,18 @@ def test_one_that_is_best_in_everything() -> None:
     made = bench({"dense": (10, 1e-3, 0.9), "int8": (1, 1e-4, 0.9), "low rank, healed": (20, 9e-4, 0.9),
                   "pruned, healed": (20, 5e-4, 0.9)})
     again = bench({"dense": (10, 1e-3, 0.9)})
-    assert _intensity(made).holds is False
-    assert _light(made).holds is False
+    assert _intensity(made, again).holds is False
+    assert _light(made, again).holds is False
     assert _even(made, again).holds is False
     assert _zeros(made, again).holds is False
+
+
+def test_what_noise_could_have_made_does_not_count() -> None:
+    made = bench({"dense": (10, 1e-3, 0.9), "small": (2, 1.1e-3, 0.9), "int8": (50, 0.95e-3, 0.9)})
+    again = bench({"dense": (10, 1.2e-3, 0.9)})
+    assert _intensity(made, again).holds is False
+    assert _light(made, again).holds is False
+    assert _even(made, again).holds is False
 
 
 @pytest.mark.slow
