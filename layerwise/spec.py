@@ -170,12 +170,13 @@ class LayerSpec:
         """Stored bytes: packed matrices in their format, everything else in `dtype`."""
         if isinstance(self.mixer, Opaque):
             return self.mixer.bytes
+        return self.vectors(hidden) * DTYPE_BYTES[dtype] + sum(self.matrix_bytes(hidden, dtype).values())
+
+    def matrix_bytes(self, hidden: int, dtype: str) -> dict[str, int]:
+        """Stored bytes of every matrix by name."""
         size = DTYPE_BYTES[dtype]
-        total = self.vectors(hidden) * size
-        for name, (rows, columns) in self.matrices(hidden).items():
-            packed = self.formats.get(name)
-            total += packed.bytes(rows, columns) if packed else rows * columns * size
-        return total
+        return {name: self.formats[name].bytes(*shape) if name in self.formats else math.prod(shape) * size
+                for name, shape in self.matrices(hidden).items()}
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layerwise.cli.options import Data, Fresh, Json, Model, Output, Seed, full, words
 from layerwise.cli.screen import Screen
+from layerwise.errors import BadData
+
+if TYPE_CHECKING:
+    from layerwise.stack.base import Stack
 
 
 def instruments() -> list[str]:
@@ -38,12 +42,14 @@ def profile(
 
     All instruments that share one pass over the text are used, or those named with --only.
     """
-    from layerwise.measure.engine import measure, resolve
+    from layerwise.cli.imported import open_model
+    from layerwise.io import atomic
+    from layerwise.measure.engine import measure, resolve, supported
     from layerwise.measure.identity import identity
     from layerwise.measure.scores import Scores
-    from layerwise.report.optimize import calibration_text
+    from layerwise.report.findings import findings
+    from layerwise.report.html import profile_page
     from layerwise.report.run import Run, default_folder
-    from layerwise.stack.open import open
 
     screen = Screen(as_json)
     names = words(only) or default_instruments(deep)
@@ -52,26 +58,57 @@ def profile(
     folder = output or default_folder("profile", model, arguments)
     with Run.open(folder, "profile", arguments, fresh=fresh) as run, screen.resumable():
         screen.tell(f"opening {model}")
-        stack = open(model)
+        stack = open_model(model)
         run.note("model fingerprint", identity(stack))
-        text = calibration_text(stack, data, seed)
-        screen.tell(f"measuring {len(stack)} layers on {text.tokens_NT.numel():,} tokens")
+        inputs = _inputs(stack, data, seed)
+        chosen = names if only else supported(stack, names)
+        screen.tell(f"measuring {len(stack)} layers by {len(chosen)} instruments")
         scores = run.step(
             "scores",
-            lambda: measure(stack, text, names, seed=seed, resume=run.path("measured.jsonl")),
+            lambda: measure(stack, inputs, chosen, seed=seed, resume=run.path("measured.jsonl")),
             file="scores.parquet",
             save=lambda found, path: found.save(path),
             load=Scores.load,
         )
-    screen.show(f"\n{stack.spec}\n\n{scores}\n\nscores  {run.path('scores.parquet')}")
+        run.step(
+            "page",
+            lambda: profile_page(scores, stack.name),
+            file="report.html",
+            save=lambda text, path: atomic.write_text(path, text),
+            load=lambda path: path,
+        )
+    said = findings(scores)
+    screen.show(f"\n{stack.spec}\n\n{scores}\n")
+    for finding in said:
+        screen.show(f"{'' if finding.sure else 'uncertain: '}{finding.text}")
+    screen.show(f"\nscores  {run.path('scores.parquet')}\nreport  {run.path('report.html')}")
     screen.finish(
         {
             "model": model,
             "layers": len(stack),
             "scores": run.path("scores.parquet"),
+            "report": run.path("report.html"),
+            "findings": [{"text": finding.text, "sure": finding.sure} for finding in said],
             "columns": scores.to_json()["columns"],
         }
     )
+
+
+def _inputs(stack: Stack, data: str, seed: int) -> Any:
+    """Text for a language model, what the user's code makes for any other."""
+    from layerwise.cli.imported import imported, names_code
+    from layerwise.report.optimize import calibration_text
+    from layerwise.stack.decoder import DecoderStack
+
+    if names_code(data):
+        return imported(data)
+    if not isinstance(stack, DecoderStack):
+        raise BadData(
+            f"no data for {stack.name}, which is no language model",
+            expected="batches of what its forward pass takes",
+            do="--data FILE.py:NAME, a list of batches or a function that makes one",
+        )
+    return calibration_text(stack, data, seed)
 
 
 def default_instruments(deep: bool) -> list[str]:

@@ -82,6 +82,18 @@ def resolve(instruments: str | Instrument | Iterable[str | Instrument]) -> list[
     return chosen
 
 
+def supported(stack: Stack, names: Iterable[str]) -> list[str]:
+    """Those of the instruments that this model can have, given data."""
+    found = []
+    for name in names:
+        try:
+            _check_model(stack, [INSTRUMENTS[name]()])
+        except BadOption:
+            continue
+        found.append(name)
+    return found
+
+
 def names(kind: type[Instrument]) -> list[str]:
     """The registered instruments of one kind, such as all that share the forward pass."""
     return [name for name in INSTRUMENTS if issubclass(INSTRUMENTS[name], kind)]
@@ -154,9 +166,15 @@ def _check(stack: Stack, inputs: Inputs | None, chosen: Sequence[Instrument]) ->
         raise BadData(f"no data for the instrument {needing[0].name!r}",
                       expected="text, or batches of the model's input",
                       do="pass data, for example layerwise.data.text.text_blocks('default', stack.tokenizer)")
+    _check_model(stack, chosen)
+
+
+def _check_model(stack: Stack, chosen: Sequence[Instrument]) -> None:
     if isinstance(stack, DecoderStack):
         return
-    for instrument in needing:
+    for instrument in chosen:
+        if isinstance(instrument, PerLayer):
+            continue
         if not isinstance(instrument, Forward) or "lens" in instrument.sites:
             lacking = "the site 'lens'" if isinstance(instrument, Forward) else "the loss of the next token"
             raise BadOption(f"the instrument {instrument.name!r}, which needs {lacking}, on {stack.name}",

@@ -85,7 +85,7 @@ class Inputs:
 
 
 def fingerprint(inputs: Iterable[Input]) -> tuple[str, int]:
-    """A hash of all tokens, masks and other inputs, and the number of real tokens; ("", 0) where there are no tokens."""
+    """A hash of all tokens, masks and other inputs, and the number of real tokens; ("", 0) without tokens."""
     digest, count = hashlib.sha256(), 0
     for item in inputs:
         if item.tokens_BT is None:

@@ -15,7 +15,7 @@ from layerwise.report.table import percent_change, size, speed
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from layerwise.measure.scores import Column
+    from layerwise.measure.scores import Column, Scores
 
 BEFORE, AFTER = "#8792a2", "#2368b0"
 KINDS = {
@@ -45,6 +45,57 @@ def column_chart(column: Column) -> Figure:
     figure.update_xaxes(title_text="layer", type="category")
     figure.update_yaxes(title_text=column.unit, zeroline=True)
     return _plain(figure, 340)
+
+
+def rank_chart(columns: Sequence[Column]) -> Figure:
+    """Instruments by layers: the place of every layer in each ranking, 1 for the most important."""
+    from plotly.graph_objects import Figure
+
+    ranked = [column for column in columns if column.important]
+    places = []
+    for column in ranked:
+        order = column.ranking()
+        share = {layer: (place + 1) / len(order) for place, layer in enumerate(order)}
+        places.append([None if value != value else share[layer] for layer, value in enumerate(column.values)])
+    figure = Figure()
+    figure.add_heatmap(
+        x=[str(layer) for layer in range(len(columns[0].values))] if columns else [],
+        y=[column.name for column in ranked],
+        z=places,
+        customdata=[list(column.values) for column in ranked],
+        hovertemplate="layer %{x}, %{y}: %{customdata:.4g}<extra></extra>",
+        colorscale="Blues",
+        xgap=1,
+        ygap=1,
+        showscale=False,
+    )
+    figure.update_xaxes(title_text="layer", type="category")
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return _plain(figure, 120 + 26 * len(ranked), left=210)
+
+
+def roofline_chart(scores: Scores) -> Figure:
+    """Share of the roofline against arithmetic intensity, a point per layer, for a prompt and for one token."""
+    from plotly.graph_objects import Figure
+
+    figure = Figure()
+    kinds = {"a prompt": ("intensity", "attained", AFTER), "one token": ("decode-intensity", "decode-attained", BEFORE)}
+    for name, (intensity, attained, colour) in kinds.items():
+        if f"roofline:{attained}" in scores:
+            figure.add_scatter(
+                x=scores[f"roofline:{intensity}"].values,
+                y=scores[f"roofline:{attained}"].values,
+                text=[f"layer {layer}" for layer in range(len(scores.spec.rows))],
+                name=name,
+                mode="markers",
+                marker={"color": colour, "size": 9},
+                hovertemplate="%{text}: %{y:.0%} of the limit at %{x:.1f} FLOP/byte<extra></extra>",
+            )
+    figure.add_hline(y=1, line_dash="dot", line_color=BEFORE)
+    figure.update_xaxes(title_text="FLOP per byte", type="log")
+    figure.update_yaxes(title_text="share of the limit", tickformat=".0%", rangemode="tozero")
+    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
+    return _plain(figure, 360)
 
 
 def bits_chart(layers: Sequence[LayerChange]) -> Figure:

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from layerwise.report import charts
+from layerwise.report.findings import findings
 from layerwise.report.layers import runs
 from layerwise.report.report import Report
 from layerwise.report.table import predictions, rows
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from layerwise.measure.scores import Scores
+
+FILES = ("page.html", "profile.html", "fragment.html", "scores.html", "style.css", "page.js")
 
 
 def page(
@@ -54,6 +57,29 @@ def page(
     )
 
 
+def profile_page(scores: Scores, model: str) -> str:
+    """What was measured in one model: findings in words, then charts, then numbers."""
+    from plotly.offline import get_plotlyjs
+
+    columns = list(scores.columns.values())
+    figures = {f"score-{index}": charts.column_chart(column) for index, column in enumerate(columns)}
+    figures["map"] = charts.rank_chart(columns)
+    if "roofline:attained" in scores:
+        figures["roofline"] = charts.roofline_chart(scores)
+    return (
+        _environment()
+        .get_template("profile.html")
+        .render(
+            model=model,
+            findings=findings(scores),
+            figures={name: _plain(figure) for name, figure in figures.items()},
+            columns=columns,
+            provenance=list(_flat(scores.provenance)),
+            plotly=get_plotlyjs(),
+        )
+    )
+
+
 def fragment(report: Report) -> str:
     """The words and tables of the report without scripts, for a notebook cell."""
     return _environment().get_template("fragment.html").render(**_shared(report, ()))
@@ -74,7 +100,7 @@ def _environment() -> Environment:
     from jinja2 import DictLoader, Environment, StrictUndefined
 
     folder = files("layerwise.report")
-    sources = {name: folder.joinpath(name).read_text("utf-8") for name in ("page.html", "fragment.html", "page.js")}
+    sources = {name: folder.joinpath(name).read_text("utf-8") for name in FILES}
     return Environment(
         loader=DictLoader(sources),
         autoescape=True,

@@ -1,0 +1,149 @@
+"""What the columns of a profile say, in sentences, with those that are uncertain marked as such.
+
+Only columns that are there are spoken of: no sentence rests on anything else.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from layerwise.measure.scores import Column, Scores
+from layerwise.report.table import size
+
+TRIED = ("leave-one-out",)
+ATTENTION = frozenset("qkvo")
+FEW = 3
+AGREE = 0.5
+"""Rank correlation from which two instruments count as telling the same story."""
+EMERGED = 0.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence or two. `sure` is False where the instruments contradict one another."""
+
+    text: str
+    sure: bool = True
+
+
+def findings(scores: Scores) -> list[Finding]:
+    """Which layers carry the model, which could go, where the prediction forms, where bytes and time go."""
+    return [*_importance(scores), *_emergence(scores), *_bits(scores), *_bytes(scores), *_time(scores),
+            *_roofline(scores)]
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's correlation of two columns over layers where both are known; nan where there is none."""
+    known = [(x, y) for x, y in zip(a, b, strict=True) if not (math.isnan(x) or math.isnan(y))]
+    if len(known) < FEW or any(len(set(side)) < 2 for side in zip(*known, strict=True)):
+        return math.nan
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(*zip(*known, strict=True)).statistic)
+
+
+def ranking_columns(scores: Scores) -> list[Column]:
+    """Columns that say which layers are important, measured ones first."""
+    columns = [column for column in scores.columns.values() if column.important]
+    return sorted(columns, key=lambda column: column.name not in TRIED)
+
+
+def _importance(scores: Scores) -> Iterator[Finding]:
+    columns = ranking_columns(scores)
+    if not columns or len(scores.spec.rows) < 2 * FEW:
+        return
+    main = next((column for column in columns if column.name in (*TRIED, "block-influence")), columns[0])
+    order = [layer for layer in main.ranking() if not math.isnan(main.values[layer])]
+    if len(order) < 2 * FEW:
+        return
+    most, least = order[: -FEW - 1 : -1], order[:FEW]
+    kind = "taking each away" if main.name in TRIED else f"{main.name}, which does not try it"
+    yield Finding(f"By {kind}, {_layers(most)} carry most of the model, and {_layers(least)} could go first.",
+                  sure=main.name in TRIED)
+    others = {column.name: rank_correlation(_signed(main), _signed(column))
+              for column in columns if column.name != main.name and ":" not in column.name}
+    against = sorted((name for name, value in others.items() if value < AGREE), key=lambda name: others[name])
+    if against:
+        said = ", ".join(f"{name} {others[name]:+.2f}" for name in against[:4])
+        yield Finding(f"{len(against)} of {len(others)} other instruments order the layers differently "
+                      f"(rank correlation with {main.name}: {said}).", sure=False)
+    elif others:
+        yield Finding(f"All {len(others)} other instruments order the layers much the same way.")
+
+
+def _emergence(scores: Scores) -> Iterator[Finding]:
+    if "logit-lens-overlap" not in scores:
+        return
+    values = scores["logit-lens-overlap"].values
+    first = next((layer for layer, value in enumerate(values) if value >= EMERGED), None)
+    if first is None:
+        yield Finding("The final prediction forms in the last layer: before it, less than half of the likeliest "
+                      "tokens are there.")
+    elif first == 0:
+        yield Finding("Half of the likeliest tokens can be read off the embedding already: where the head is the "
+                      "embedding, that is the token itself.", sure=False)
+    else:
+        yield Finding(f"The prediction takes shape at layer {first} of {len(values)}: from its input on, at least "
+                      "half of the finally likeliest tokens can be read off the residual stream.")
+
+
+def _bits(scores: Scores) -> Iterator[Finding]:
+    widths = {int(name.split(":")[1]): column for name, column in scores.columns.items()
+              if name.startswith("quantization-sensitivity:") and name.split(":")[1].isdigit()}
+    if not widths:
+        return
+    narrow = min(widths)
+    order = widths[narrow].ranking()
+    known = [layer for layer in order if not math.isnan(widths[narrow].values[layer])]
+    yield Finding(f"In {narrow} bits {_layers(known[: -FEW - 1 : -1])} suffer most, {_layers(known[:FEW])} least.")
+
+
+def _bytes(scores: Scores) -> Iterator[Finding]:
+    spec = scores.spec
+    total = spec.bytes()
+    if not total or not spec.vocabulary:
+        return
+    tables = spec.embedding_bytes() + spec.head_bytes()
+    matrices = [item for row in spec.rows for item in row.matrix_bytes(spec.hidden, spec.dtype).items()]
+    attention = sum(count for name, count in matrices if name in ATTENTION)
+    feed_forward = sum(count for name, count in matrices if name not in ATTENTION)
+    yield Finding(f"Of {size(total)}, the token tables hold {tables / total:.0%}, attention {attention / total:.0%} "
+                  f"and the feed-forward halves {feed_forward / total:.0%}.")
+
+
+def _time(scores: Scores) -> Iterator[Finding]:
+    for name, what in (("cost:prefill-ms", "a prompt"), ("cost:decode-ms", "one token")):
+        if name not in scores:
+            continue
+        values = [value for value in scores[name].values if not math.isnan(value)]
+        if len(values) < 2:
+            continue
+        slowest, middle = max(values), statistics.median(values)
+        layer = scores[name].values.index(slowest)
+        even = slowest < 1.5 * middle
+        yield Finding(f"For {what} the layers take {sum(values):.1f} ms together, "
+                      + (f"each about {middle:.2f} ms." if even
+                         else f"{middle:.2f} ms in the middle; layer {layer} takes {slowest:.2f} ms."))
+
+
+def _roofline(scores: Scores) -> Iterator[Finding]:
+    for name, what in (("roofline:attained", "Reading a prompt"), ("roofline:decode-attained", "Writing one token")):
+        if name not in scores:
+            continue
+        values = [value for value in scores[name].values if not math.isnan(value)]
+        if values:
+            worst = scores[name].values.index(min(values))
+            yield Finding(f"{what}, layers run at {100 * min(values):.2g} to {100 * max(values):.2g} % of what "
+                          f"this machine's arithmetic and memory allow; layer {worst} is furthest from it.")
+
+
+def _signed(column: Column) -> list[float]:
+    return [value if column.important == "high" else -value for value in column.values]
+
+
+def _layers(layers: Sequence[int]) -> str:
+    names = [str(layer) for layer in sorted(layers)]
+    return f"layer {names[0]}" if len(names) == 1 else f"layers {', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,72 @@
+"""Sentences follow from the columns, and what rests on a contradiction says so."""
+
+import math
+
+import pytest
+
+from layerwise.measure.scores import Column, Scores
+from layerwise.report.findings import findings, rank_correlation
+from layerwise.report.html import profile_page
+from layerwise.testing.stacks import random_stack
+
+LAYERS = 8
+
+
+def column(name: str, values: list[float], important: str | None = "high") -> Column:
+    return Column(name, tuple(values), "nats", important, "made up")  # type: ignore[arg-type]
+
+
+def scores(*columns: Column) -> Scores:
+    return Scores(random_stack(LAYERS).spec, {column.name: column for column in columns})
+
+
+RISING = [float(layer) for layer in range(LAYERS)]
+
+
+def test_a_measured_column_comes_first_and_is_sure() -> None:
+    first = findings(scores(column("block-influence", RISING[::-1]), column("leave-one-out", RISING)))[0]
+    assert first.sure and "layers 5, 6 and 7 carry" in first.text and "layers 0, 1 and 2 could go" in first.text
+
+
+def test_instruments_that_contradict_are_uncertain() -> None:
+    found = findings(scores(column("leave-one-out", RISING), column("zd", RISING[::-1]), column("lim", RISING)))
+    doubt = next(finding for finding in found if not finding.sure)
+    assert "1 of 2" in doubt.text and "zd -1.00" in doubt.text
+    agreed = findings(scores(column("leave-one-out", RISING), column("zd", RISING[::-1], "low")))
+    assert all(finding.sure for finding in agreed)
+
+
+def test_where_the_prediction_forms() -> None:
+    overlap = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]
+    texts = " ".join(finding.text for finding in findings(scores(column("logit-lens-overlap", overlap, "low"))))
+    assert "takes shape at layer 4 of 8" in texts
+    late = " ".join(f.text for f in findings(scores(column("logit-lens-overlap", [0.1] * LAYERS, "low"))))
+    assert "forms in the last layer" in late
+
+
+def test_bytes_add_up_to_the_whole() -> None:
+    spec = random_stack(LAYERS).spec
+    parts = sum(sum(row.matrix_bytes(spec.hidden, spec.dtype).values()) for row in spec.rows)
+    vectors = sum(row.bytes(spec.hidden, spec.dtype) for row in spec.rows) - parts
+    assert 0 < vectors < 0.05 * parts
+    assert any("feed-forward halves" in finding.text for finding in findings(scores()))
+
+
+def test_a_slow_layer_is_named() -> None:
+    times = [1.0] * LAYERS
+    times[3] = 5.0
+    texts = " ".join(finding.text for finding in findings(scores(column("cost:prefill-ms", times, None))))
+    assert "layer 3 takes 5.00 ms" in texts
+
+
+@pytest.mark.parametrize("values", [[math.nan] * 4, [1.0] * 4, [1.0, 2.0, math.nan, math.nan]])
+def test_no_correlation_of_what_is_constant_or_unknown(values: list[float]) -> None:
+    assert math.isnan(rank_correlation(values, [1.0, 2.0, 3.0, 4.0]))
+
+
+def test_the_page_holds_words_charts_and_numbers() -> None:
+    attained = [column(f"roofline:{name}", [0.5] * LAYERS, None)
+                for name in ("intensity", "attained", "decode-intensity", "decode-attained")]
+    text = profile_page(scores(column("leave-one-out", RISING), *attained), "made up")
+    assert "carry most of the model" in text and 'data-figure="roofline"' in text and 'data-figure="map"' in text
+    assert "http://" not in text.split("<script")[0]
