@@ -79,5 +79,5 @@ def test_completion_offers_models_solvers_and_systems() -> None:
     from layerwise.cli.reproduce import done_systems
     from layerwise.io.demos import DEMOS
 
-    assert generate and set(demo_names()) == set(DEMOS)
+    assert generate and set(demo_names()) == {*DEMOS, "tiny-vlm"}
     assert "milp" in solvers() and "block-influence" in instruments() and "effective-depth" in done_systems()
