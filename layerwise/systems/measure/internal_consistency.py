@@ -70,8 +70,8 @@ def _signal(found: Readings, truth_N: Tensor, signs: Sequence[str], size: Size) 
                  "shares shuffled, AUROC": _number(auroc(share_N[order_N], right_N)),
                  "always the commonest majority, accuracy": _share(truth_N == answer_N.mode().values)},
         holds=level > 0.6 and present[-1] > present[0] if size == "full" else None,
-        why="ten samples at temperature 0.7 of the one token that answers. Shares of such samples can say no more than the "
-        "probability of that token, given as a control; a small model's probabilities know little of what is right",
+        why="ten samples at temperature 0.7 of the one token that answers. Shares of such samples can say no more than "
+        "the probability of that token, given as a control; a small model's probabilities know little of what is right",
     )
 
 
