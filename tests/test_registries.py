@@ -53,6 +53,7 @@ INFRASTRUCTURE = {
         "specific_neurons": "picks neurons, not layers",
         "swap_states": "states of one prompt in the run of another, not a column",
         "spectral_entropy": "profiles of depth, compared across models",
+        "similarity": "two models layer against layer",
         "sweep": "the shared walk of interventions",
         "tally": "running means",
         "trace": "predictions of one changed walk, not a column",

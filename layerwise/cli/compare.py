@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from layerwise.cli.options import Data, Json, Seed, demo_names
-from layerwise.cli.screen import Screen
+from layerwise.cli.screen import Screen, columns
 
 if TYPE_CHECKING:
     from layerwise.stack.base import Stack
@@ -15,18 +16,22 @@ if TYPE_CHECKING:
 One = Annotated[str, typer.Argument(help="A model, or a plan.json.", autocompletion=demo_names)]
 TablesOnly = Annotated[bool, typer.Option("--tables-only", help="Compare the layer tables without running the models.")]
 
+Page = Annotated[Path | None, typer.Option("-o", "--output", help="Also write the map of similarities as a page.")]
+
 
 def compare(
     a: One,
     b: One,
     data: Data = "default",
+    output: Page = None,
     tables_only: TablesOnly = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Compare two models, or two plans.
 
-    Models are compared by their layer tables and, unless --tables-only is given, by size, speed and quality.
+    Models are compared by their layer tables and, unless --tables-only is given, layer against layer (similarity of
+    their states, drift of their weights), and by size, speed and quality.
     """
     from layerwise.stack.open import open
 
@@ -39,6 +44,7 @@ def compare(
     screen.show(f"{before.spec}\n\n{after.spec}\n")
     result = {"differences": differences, **_sizes(before, after)}
     if not tables_only:
+        result |= _layers(before, after, data, seed, output, screen)
         result |= _measured(before, after, data, seed, screen)
     elif not differences:
         screen.show("the tables are equal")
@@ -51,6 +57,30 @@ def _plans(a: str, b: str, screen: Screen) -> None:
     differences = Plan.load(a).diff(Plan.load(b))
     screen.show("\n".join(differences) or "the plans are equal")
     screen.finish({"differences": differences})
+
+
+def _layers(a: Stack, b: Stack, data: str, seed: int, output: Path | None, screen: Screen) -> dict[str, object]:
+    """Every layer of one beside the layer of the other at the same relative depth, and the one most alike."""
+    from layerwise.io import atomic
+    from layerwise.measure.similarity import drift, similarity
+    from layerwise.report.charts import similarity_chart
+    from layerwise.report.verify import verification_text
+
+    screen.tell("comparing the states that leave every layer")
+    found_LM, chance = similarity(a, b, verification_text(a, data).take(8), seed=seed)
+    moved = drift(a, b) if len(a) == len(b) else []
+    table = [["layer", "at its depth", "most alike", "weights moved"]]
+    for layer, row_M in enumerate(found_LM.tolist()):
+        same = round(layer * (len(b) - 1) / max(1, len(a) - 1))
+        best = max(range(len(b)), key=row_M.__getitem__)
+        far = max(moved[layer].values(), default=0.0) if moved else None
+        table.append([str(layer), f"{row_M[same]:.3f} (layer {same})", f"{row_M[best]:.3f} (layer {best})",
+                      "" if far is None else f"{far:.1%}"])
+    screen.show(f"similarity of states (linear CKA; {chance:.3f} between shuffled tokens)\n{columns(table)}\n")
+    if output:
+        page = similarity_chart(found_LM.tolist()).to_html(include_plotlyjs=True)
+        screen.show(f"map  {atomic.write_text(output, page)}\n")
+    return {"similarity": found_LM.tolist(), "similarity_of_shuffled": chance, "drift": moved}
 
 
 def _sizes(before: Stack, after: Stack) -> dict[str, object]:

@@ -98,6 +98,24 @@ def roofline_chart(scores: Scores) -> Figure:
     return _plain(figure, 360)
 
 
+def similarity_chart(similarity: Sequence[Sequence[float]]) -> Figure:
+    """Layers of one model by layers of another, 1 for states that are equal up to rotation and scale."""
+    from plotly.graph_objects import Figure
+
+    figure = Figure()
+    figure.add_heatmap(
+        z=similarity,
+        zmin=0,
+        zmax=1,
+        colorscale="Blues",
+        colorbar={"title": {"text": "CKA"}, "thickness": 12},
+        hovertemplate="layer %{y} against layer %{x}: %{z:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title_text="layer of the second model")
+    figure.update_yaxes(title_text="layer of the first model")
+    return _plain(figure, 560)
+
+
 def bits_chart(layers: Sequence[LayerChange]) -> Figure:
     """What each layer got: matrices over depth, coloured by stored bits; a dash where a matrix is gone."""
     from plotly.graph_objects import Figure
