@@ -55,8 +55,8 @@ def features(past_NT: Tensor) -> Tensor:
 
 
 FEATURES = ("skew", "tails", "lag 1", "lag 2", "lag 4", "lag 8", "lag 16", "lag 1 of steps", "step size",
-            "largest step", "spectral entropy", "largest peak", "peak frequency", "slope", "trend share", "turning points",
-            "change of variance", "last level", "roughness")
+            "largest step", "spectral entropy", "largest peak", "peak frequency", "slope", "trend share",
+            "turning points", "change of variance", "last level", "roughness")
 
 
 # kinds ------------------------------------------------------------------------------------------
