@@ -142,7 +142,7 @@ def plain_text(vocabulary: Vocabulary, rows: int, length: int, seed: int) -> Ten
     for _ in range(rows):
         ids = [BEGIN]
         while len(ids) < length:
-            ids += vocabulary.encode(draw.choice((_told_fact, _told_fact, _told_scene))(vocabulary, draw))
+            ids += vocabulary.encode(draw.choice((_told_fact, _told_scene))(vocabulary, draw))
         blocks.append(ids[:length])
     return torch.tensor(blocks)
 
@@ -157,11 +157,11 @@ def _told_fact(vocabulary: Vocabulary, draw: random.Random) -> str:
 
 def _told_scene(vocabulary: Vocabulary, draw: random.Random) -> str:
     names, colours = draw.sample(vocabulary.world.names, 2), draw.sample(list(COLOURS), 2)
-    told = " ".join(f"{colour} {name} on {side} ." for colour, name, side in zip(colours, names, SIDES, strict=True))
+    told = " ".join(f"{side} {colour} {name} ." for side, colour, name in zip(SIDES, colours, names, strict=True))
     asked = draw.sample(
         [f"which colour is {name} ? {colour} ." for name, colour in zip(names, colours, strict=True)]
         + [f"which side is {name} ? {side} ." for name, side in zip(names, SIDES, strict=True)]
         + [f"who is on {side} ? {name} ." for name, side in zip(names, SIDES, strict=True)],
-        2,
+        3,
     )
     return f"{told} {' '.join(asked)}"

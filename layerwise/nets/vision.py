@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -40,13 +41,17 @@ class Stage(nn.Module):
 
 
 class Vision(nn.Module):
-    """Encoder (a list of stages) and projector (two linear layers): uint8 pictures to one vector for each patch."""
+    """Encoder (a list of stages, then a vector for each place) and projector (two linear layers).
+
+    Turns uint8 pictures into one vector for each patch.
+    """
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
         self.spec = spec
         widths = (3, *spec.widths)
         self.encoder = nn.Sequential(*(Stage(a, b) for a, b in itertools.pairwise(widths)))
+        self.places = nn.Parameter(torch.randn(spec.patches, widths[-1]))
         self.projector = nn.Sequential(
             nn.Linear(widths[-1], 2 * spec.hidden), nn.GELU(), nn.Linear(2 * spec.hidden, spec.hidden)
         )
@@ -54,7 +59,7 @@ class Vision(nn.Module):
     def encode(self, pixels_B3SS: Tensor) -> Tensor:
         """What the encoder sees in every patch, [B, P, F], row by row from the upper left."""
         scaled_B3SS = pixels_B3SS.to(next(self.encoder.parameters()).dtype) / 127.5 - 1
-        features_BPF: Tensor = self.encoder(scaled_B3SS).flatten(2).transpose(1, 2)
+        features_BPF: Tensor = self.encoder(scaled_B3SS).flatten(2).transpose(1, 2) + self.places
         return features_BPF
 
     def forward(self, pixels_B3SS: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,8 +83,11 @@ class VisionLanguageStack(DecoderStack):
         for name, tensor in self.vision.state_dict().items():
             yield f"vision.{name}", tensor
 
-    def save(self, folder: str | Path) -> Path:
-        """Write decoder and vision side by side, re-open them, compare logits, and only then put them in place."""
+    def save(self, folder: str | Path, notes: Mapping[str, Any] | None = None) -> Path:
+        """Write decoder and vision side by side, re-open them, compare logits, and only then put them in place.
+
+        `notes` about where the model comes from are kept in its `config.json`.
+        """
         target = Path(folder)
         with atomic.folder(target) as beside:
             save(beside / "decoder", self.spec, super().tensors(),
@@ -92,7 +95,8 @@ class VisionLanguageStack(DecoderStack):
             (beside / "vision").mkdir()
             write(beside / "vision" / "model.safetensors", self.vision.state_dict())
             manifest.write(beside / "vision")
-            config = {"model_type": KIND, "image_token": self.image_token, "vision": asdict(self.vision.spec)}
+            config = {"model_type": KIND, "image_token": self.image_token, "vision": asdict(self.vision.spec),
+                      "notes": dict(notes or {})}
             (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             self._compare(beside)
         self.folder = target

