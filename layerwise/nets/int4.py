@@ -59,11 +59,12 @@ class Int4Matrix:
 
     def product(self, x_MI: Tensor) -> Tensor:
         """x w', bfloat16 [M, O]; `x_MI` may lack the padded inputs."""
-        x_MI = F.pad(x_MI, (0, self.inputs - x_MI.shape[1]))
+        if x_MI.shape[1] < self.inputs:  # even padding by nothing would copy
+            x_MI = F.pad(x_MI, (0, self.inputs - x_MI.shape[1]))
         if digits(self.format.bits) == 2:
             x_MI = torch.cat([x_MI, x_MI], 1)
         y_MP: Tensor = multiply(x_MI, self.tiles, self.group, self.scale_zero)
-        return y_MP[:, : self.outputs]
+        return y_MP if y_MP.shape[1] == self.outputs else y_MP[:, : self.outputs]
 
     def codes(self, start: int, stop: int) -> Tensor:
         """The codes of rows `start` to `stop`, uint8 [stop - start, I]."""
