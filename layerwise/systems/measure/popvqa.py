@@ -105,7 +105,8 @@ def _gap(seeing: Seeing, told: Shown, untold: Shown, size: Size, generator: torc
         holds=mean(differences) > 0 and p < 0.05 if size == "full" else None,
         why="Wilcoxon signed rank on accuracies per thing, recognised pictures only. Chance is one in eight. If a "
         "name beside a wrong picture does as well as alone, the picture itself does no harm. The demo's training makes "
-        "a gap likely: of these things it never heard a fact with a picture before it; that reading and naming alone do "
+        "a gap likely: of these things it never heard a fact with a picture before it; that reading and "
+        "naming alone do "
         "not close it is the finding",
     )
 
