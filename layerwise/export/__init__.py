@@ -1,0 +1,1 @@
+"""Exports: the model as other tools read it."""

@@ -1,0 +1,1 @@
+"""The inference engine, whose unit is the layer, and its HTTP server."""
