@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -38,6 +39,21 @@ class Format:
             raise BadOption(f"bits={self.bits}", expected=f"one of {BITS}", do="choose a supported width")
         if self.group < 0:
             raise BadOption(f"group={self.group}", expected="0 (whole row) or a positive size", do="use group=32")
+
+    @property
+    def label(self) -> str:
+        """A short name: `4/128` is 4 bits in groups of 128, `8/row=` is symmetric with one scale a row."""
+        return f"{self.bits}/{self.group or 'row'}{'=' if self.symmetric else ''}"
+
+    @staticmethod
+    def parse(label: str) -> Format:
+        """The inverse of `label`. Raises BadOption for text that names no format."""
+        match = re.fullmatch(r"(\d+)/(\d+|row)(=?)", label)
+        if not match:
+            raise BadOption(f"the format {label!r}", expected="bits/group, such as 4/128 or 8/row=",
+                            do="correct the text")
+        bits, group, symmetric = match.groups()
+        return Format(int(bits), 0 if group == "row" else int(group), bool(symmetric))
 
     def bytes(self, rows: int, columns: int) -> int:
         """Stored bytes of a `rows` x `columns` matrix: packed integers, scales, zero points.
