@@ -153,7 +153,9 @@ class LayerSpec:
     """One row: what the layer is and how each of its matrices is stored.
 
     `formats` maps a matrix name (q, k, v, o, gate, up, down) to its packed format; a matrix that is
-    not named is dense in the stack's dtype. `mixer` or `feed_forward` is None where that half is gone.
+    not named is dense in the stack's dtype. `ranks` maps a matrix name to R where the matrix is stored as the
+    product of two factors, [outputs, R] and [R, inputs], both in the matrix's format. `mixer` or `feed_forward`
+    is None where that half is gone.
     """
 
     mixer: Attention | Opaque | None
@@ -166,12 +168,26 @@ class LayerSpec:
         """Name to (outputs, inputs) of every matrix that can be packed; experts are stacked on outputs."""
         attention = self.mixer.matrices(hidden) if isinstance(self.mixer, Attention) else {}
         return attention | (self.feed_forward.matrices(hidden) if self.feed_forward else {})
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        routed = self.feed_forward.matrices(1) if self.feed_forward and self.feed_forward.experts else {}
+        for name, rank in self.ranks.items():
+            if rank < 1 or name in routed:
+                raise BadOption(f"rank {rank} for the matrix {name!r}",
+                                expected="1 or more, for a matrix that is no stack of experts",
+                                do="store it whole: remove its rank")
 
     def vectors(self, hidden: int) -> int:
         """Number of parameters outside the matrices."""
         norms = (1 + self.post_norm) * self.norm.parameters(hidden)
         total = 0
         if isinstance(self.mixer, Attention):
+    def stored(self, hidden: int) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Name to the (outputs, inputs) of what is stored for a matrix: itself, or its two factors."""
+        return {name: ((outputs, self.ranks[name]), (self.ranks[name], inputs)) if name in self.ranks
+                else ((outputs, inputs),) for name, (outputs, inputs) in self.matrices(hidden).items()}
+
             total += norms + self.mixer.vectors(hidden)
         if self.feed_forward:
             total += norms + self.feed_forward.vectors(hidden)
@@ -180,7 +196,7 @@ class LayerSpec:
     def parameters(self, hidden: int) -> int:
         if isinstance(self.mixer, Opaque):
             return self.mixer.parameters
-        return sum(o * i for o, i in self.matrices(hidden).values()) + self.vectors(hidden)
+        return sum(o * i for shapes in self.stored(hidden).values() for o, i in shapes) + self.vectors(hidden)
 
     def bytes(self, hidden: int, dtype: str) -> int:
         """Stored bytes: packed matrices in their format, everything else in `dtype`."""
@@ -191,8 +207,9 @@ class LayerSpec:
     def matrix_bytes(self, hidden: int, dtype: str) -> dict[str, int]:
         """Stored bytes of every matrix by name."""
         size = DTYPE_BYTES[dtype]
-        return {name: self.formats[name].bytes(*shape) if name in self.formats else math.prod(shape) * size
-                for name, shape in self.matrices(hidden).items()}
+        return {name: sum(self.formats[name].bytes(*shape) if name in self.formats else math.prod(shape) * size
+                          for shape in shapes)
+                for name, shapes in self.stored(hidden).items()}
 
 
 @dataclass(frozen=True)
@@ -335,6 +352,8 @@ def _encode(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
+    if row.ranks:
+        parts.append("rank " + "/".join(f"{rank} {name}" for name, rank in row.ranks.items()))
         return [_encode(item) for item in value]
     return value
 

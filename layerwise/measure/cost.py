@@ -29,8 +29,9 @@ def flops(row: LayerSpec, hidden: int, prompt: int) -> float:
     experts = row.feed_forward.experts if row.feed_forward else 0
     used = row.feed_forward.experts_per_token / experts if row.feed_forward and experts else 1
     total = 2.0 * experts * hidden
-    for name, (outputs, inputs) in row.matrices(hidden).items():
-        total += 2 * outputs * inputs * (used if name in ("gate", "up", "down") else 1)
+    for name, shapes in row.stored(hidden).items():
+        weights = sum(outputs * inputs for outputs, inputs in shapes)
+        total += 2 * weights * (used if name in ("gate", "up", "down") else 1)
     if isinstance(row.mixer, Attention):
         window = row.mixer.window or prompt
         keys = sum(min(place, window) for place in range(1, prompt + 1)) / prompt

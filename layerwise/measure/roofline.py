@@ -32,7 +32,7 @@ def moved(row: LayerSpec, hidden: int, dtype: str, tokens: int, past: int = 0) -
     """
     size = DTYPE_BYTES[dtype]
     total = float(row.bytes(hidden, dtype))
-    total += size * tokens * sum(outputs + inputs for outputs, inputs in row.matrices(hidden).values())
+    total += size * tokens * sum(sum(shape) for shapes in row.stored(hidden).values() for shape in shapes)
     if isinstance(row.mixer, Attention):
         keys = min(row.mixer.window or past + tokens, past + tokens)
         total += 2 * size * row.mixer.kv_heads * row.mixer.head_dim * keys

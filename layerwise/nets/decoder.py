@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.nets.attention import Attention
+from layerwise.nets.factored import Matrix, build_linear
 from layerwise.nets.feed_forward import build_feed_forward
 from layerwise.nets.flow import Flow
 from layerwise.nets.norms import build_norm
-from layerwise.nets.packed import PackedEmbedding, PackedLinear
+from layerwise.nets.packed import PackedEmbedding
 from layerwise.spec import Attention as AttentionSpec
 from layerwise.spec import Format, LayerSpec, StackSpec
 
@@ -54,11 +55,10 @@ class Block(nn.Module):
             self.attention = Branch(Attention(row.mixer, hidden, row.norm), row, hidden)
         if row.feed_forward is not None:
             self.feed_forward = Branch(build_feed_forward(row.feed_forward, hidden), row, hidden)
-        for name, packed in row.formats.items():
-            dense = self.matrix(name)
-            body = self.branch(name).body
-            setattr(body, name, PackedLinear.empty(dense.out_features, dense.in_features, packed,
-                                                   bias=dense.bias is not None))
+        for name in {**row.formats, **row.ranks}:
+            dense, body = self.matrix(name), self.branch(name).body
+            setattr(body, name, build_linear(dense.out_features, dense.in_features, dense.bias is not None,
+                                             row.formats.get(name), row.ranks.get(name)))
 
     def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
         if self.attention is not None:
@@ -67,11 +67,11 @@ class Block(nn.Module):
             x_BTC = x_BTC + self.feed_forward(x_BTC)
         return x_BTC
 
-    def matrix(self, name: str) -> nn.Linear | PackedLinear:
+    def matrix(self, name: str) -> Matrix:
         """The linear layer called `name` (q, k, v, o, gate, up, down)."""
         return getattr(self.branch(name).body, name)  # type: ignore[no-any-return]
 
-    def matrices(self) -> dict[str, nn.Linear | PackedLinear]:
+    def matrices(self) -> dict[str, Matrix]:
         """Every linear layer of the block that can be packed, by name."""
         present = {part for part in ("attention", "feed_forward") if getattr(self, part) is not None}
         return {name: self.matrix(name) for name, part in MATRICES.items()
