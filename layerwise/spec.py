@@ -92,7 +92,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """Softmax attention. `window` limits how many past tokens are seen; `None` means all of them."""
+    """Softmax attention. `window` limits how many past tokens are seen; `None` means all of them.
+
+    With `shares`, keys and values are those of that earlier layer, and the layer has no k and v matrices.
+    """
 
     heads: int
     kv_heads: int
@@ -104,16 +107,18 @@ class Attention:
     qk_norm: bool = False
     scale: float | None = None
     softcap: float | None = None
+    shares: int | None = None
 
     def matrices(self, hidden: int) -> dict[str, tuple[int, int]]:
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {"q": (query, hidden), "k": (key, hidden), "v": (key, hidden), "o": (hidden, query)}
+        own = {} if self.shares is not None else {"k": (key, hidden), "v": (key, hidden)}
+        return {"q": (query, hidden), **own, "o": (hidden, query)}
 
     def vectors(self, hidden: int) -> int:
         """Parameters that are not matrices: biases and query/key norms."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim * (self.shares is None)
         bias = (query + 2 * key) * self.qkv_bias + hidden * self.out_bias
-        return bias + 2 * self.head_dim * self.qk_norm
+        return bias + (1 if self.shares is not None else 2) * self.head_dim * self.qk_norm
 
 
 @dataclass(frozen=True)
@@ -163,11 +168,6 @@ class LayerSpec:
     norm: Norm = Norm()
     post_norm: bool = False
     formats: Mapping[str, Format] = field(default_factory=dict)
-
-    def matrices(self, hidden: int) -> dict[str, tuple[int, int]]:
-        """Name to (outputs, inputs) of every matrix that can be packed; experts are stacked on outputs."""
-        attention = self.mixer.matrices(hidden) if isinstance(self.mixer, Attention) else {}
-        return attention | (self.feed_forward.matrices(hidden) if self.feed_forward else {})
     ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -178,16 +178,21 @@ class LayerSpec:
                                 expected="1 or more, for a matrix that is no stack of experts",
                                 do="store it whole: remove its rank")
 
-    def vectors(self, hidden: int) -> int:
-        """Number of parameters outside the matrices."""
-        norms = (1 + self.post_norm) * self.norm.parameters(hidden)
-        total = 0
-        if isinstance(self.mixer, Attention):
+    def matrices(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """Name to (outputs, inputs) of every matrix that can be packed; experts are stacked on outputs."""
+        attention = self.mixer.matrices(hidden) if isinstance(self.mixer, Attention) else {}
+        return attention | (self.feed_forward.matrices(hidden) if self.feed_forward else {})
+
     def stored(self, hidden: int) -> dict[str, tuple[tuple[int, int], ...]]:
         """Name to the (outputs, inputs) of what is stored for a matrix: itself, or its two factors."""
         return {name: ((outputs, self.ranks[name]), (self.ranks[name], inputs)) if name in self.ranks
                 else ((outputs, inputs),) for name, (outputs, inputs) in self.matrices(hidden).items()}
 
+    def vectors(self, hidden: int) -> int:
+        """Number of parameters outside the matrices."""
+        norms = (1 + self.post_norm) * self.norm.parameters(hidden)
+        total = 0
+        if isinstance(self.mixer, Attention):
             total += norms + self.mixer.vectors(hidden)
         if self.feed_forward:
             total += norms + self.feed_forward.vectors(hidden)
@@ -274,9 +279,20 @@ class StackSpec:
     # editing and comparing ---------------------------------------------------------------------
 
     def with_rows(self, rows: Mapping[int, LayerSpec | None]) -> StackSpec:
-        """A copy with the given rows replaced, or removed where the new row is None."""
-        kept = [rows.get(index, row) for index, row in enumerate(self.rows)]
-        return replace(self, rows=tuple(row for row in kept if row is not None))
+        """A copy with the given rows replaced, or removed where the new row is None.
+
+        Rows that share an earlier row's keys and values follow it to its new place. Raises BadOption where that
+        row is gone, comes later, or has other heads.
+        """
+        kept = {index: row for index, old in enumerate(self.rows) if (row := rows.get(index, old)) is not None}
+        place = {index: new for new, index in enumerate(kept)}
+        return replace(self, rows=tuple(_follow(index, row, kept, place) for index, row in kept.items()))
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """Rows whose keys and values a later row reads."""
+        return frozenset(row.mixer.shares for row in self.rows
+                         if isinstance(row.mixer, Attention) and row.mixer.shares is not None)
 
     def packed(self) -> bool:
         """Whether any matrix is stored in a packed format."""
@@ -328,17 +344,34 @@ def describe(row: LayerSpec) -> str:
         parts.append("no attention")
     else:
         span = f"window {row.mixer.window}" if row.mixer.window else "full"
-        parts.append(f"attention {row.mixer.heads}/{row.mixer.kv_heads}x{row.mixer.head_dim} {span}")
+        shared = "" if row.mixer.shares is None else f", keys of layer {row.mixer.shares}"
+        parts.append(f"attention {row.mixer.heads}/{row.mixer.kv_heads}x{row.mixer.head_dim} {span}{shared}")
     if row.feed_forward is None:
         parts.append("no feed-forward")
     else:
         experts = f", {row.feed_forward.experts} experts" if row.feed_forward.experts else ""
         kind = "gated" if row.feed_forward.gated else "plain"
         parts.append(f"{kind} feed-forward {row.feed_forward.width}{experts}")
+    if row.ranks:
+        parts.append("rank " + "/".join(f"{rank} {name}" for name, rank in row.ranks.items()))
     if row.formats:
         packed = sorted({f"{f.bits} bits" for f in row.formats.values()})
         parts.append("/".join(packed))
     return ", ".join(parts)
+
+
+def _follow(index: int, row: LayerSpec, kept: Mapping[int, LayerSpec], place: Mapping[int, int]) -> LayerSpec:
+    """The row with the layer it shares, if any, renumbered."""
+    if not isinstance(row.mixer, Attention) or row.mixer.shares is None:
+        return row
+    source = row.mixer.shares
+    found = kept[source].mixer if source in kept else None
+    if (source >= index or not isinstance(found, Attention) or found.shares is not None
+            or (found.kv_heads, found.head_dim) != (row.mixer.kv_heads, row.mixer.head_dim)):
+        raise BadOption(f"layer {index}, which shares the keys and values of layer {source}",
+                        expected="an earlier layer that stays, with keys of its own and the same heads",
+                        do=f"keep the attention of layer {source}, or give layer {index} keys of its own")
+    return replace(row, mixer=replace(row.mixer, shares=place[source]))
 
 
 _KINDS = {cls.__name__: cls for cls in (Attention, FeedForward, Opaque)}
@@ -352,8 +385,6 @@ def _encode(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-    if row.ranks:
-        parts.append("rank " + "/".join(f"{rank} {name}" for name, rank in row.ranks.items()))
         return [_encode(item) for item in value]
     return value
 

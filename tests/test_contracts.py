@@ -8,6 +8,7 @@ from layerwise.measure import INSTRUMENTS
 from layerwise.transform.base import Transform
 from layerwise.transform.drop import Drop
 from layerwise.transform.quantize import Quantize
+from layerwise.transform.share_kv import ShareKV
 
 SETTINGS: list[Transform] = [
     Drop("layer"),
@@ -17,6 +18,7 @@ SETTINGS: list[Transform] = [
     Quantize(bits=4, method="search"),
     Quantize(bits=4, method="gptq"),
     Quantize(bits=4, group=0, symmetric=True, matrices=("q", "down")),
+    ShareKV(source=1),
 ]
 
 

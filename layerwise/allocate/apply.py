@@ -20,6 +20,7 @@ from layerwise.transform import TRANSFORMS
 from layerwise.transform.base import Transform
 from layerwise.transform.gram import grams
 from layerwise.transform.quantize import Quantize, pack_table, values
+from layerwise.transform.share_kv import ShareKV
 
 
 def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStack:
@@ -95,6 +96,8 @@ def _edited_blocks(
     states: list[State] = []
     if last >= 0 and data is not None:
         states = [stack.start(batch.tokens_BT, batch.mask_BT) for batch in data.batches(4)]
+        for state in states:
+            state.shared.sources |= {t.source for edits in layers.values() for t in edits if isinstance(t, ShareKV)}
     blocks: list[nn.Module] = []
     for layer, row in enumerate(stack.spec.rows):
         block = stack.block(layer)

@@ -15,7 +15,10 @@ from layerwise.nets.norms import build_norm
 
 
 class Attention(nn.Module):
-    """One attention layer; its four matrices may be dense or packed linear layers."""
+    """One attention layer; its four matrices may be dense or packed linear layers.
+
+    A layer that shares an earlier layer's keys and values has only q and o.
+    """
 
     q: nn.Module
     k: nn.Module
@@ -30,26 +33,47 @@ class Attention(nn.Module):
             self.add_module(name, nn.Linear(inputs, outputs, bias=biased[name]))
         if attention.qk_norm:
             self.q_norm = build_norm(norm, attention.head_dim)
-            self.k_norm = build_norm(norm, attention.head_dim)
+            if attention.shares is None:
+                self.k_norm = build_norm(norm, attention.head_dim)
 
     def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
-        a = self.spec
         batch, new, _ = x_BTC.shape
-        q_BHTD = self.q(x_BTC).view(batch, new, a.heads, a.head_dim).transpose(1, 2)
-        k_BKTD = self.k(x_BTC).view(batch, new, a.kv_heads, a.head_dim).transpose(1, 2)
-        v_BKTD = self.v(x_BTC).view(batch, new, a.kv_heads, a.head_dim).transpose(1, 2)
+        if self.spec.shares is None:
+            q_BHTD, *own = self._queries_and_keys(x_BTC, flow)
+            k_BKSD, v_BKSD = flow.remember(layer, *own)
+        else:
+            q_BHTD = self._queries(x_BTC, flow)
+            k_BKSD, v_BKSD = flow.recall(self.spec.shares)
+        out_BHTD = attend(q_BHTD, k_BKSD, v_BKSD, flow, self.spec)
+        return self.o(out_BHTD.transpose(1, 2).reshape(batch, new, -1))  # type: ignore[no-any-return]
+
+    def _queries_and_keys(self, x_BTC: Tensor, flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the new tokens, queries and keys normed and rotated."""
+        a = self.spec
+        q_BHTD, k_BKTD, v_BKTD = (self._heads(name, x_BTC) for name in ("q", "k", "v"))
         if a.qk_norm:
             q_BHTD, k_BKTD = self.q_norm(q_BHTD), self.k_norm(k_BKTD)
         if a.rope is not None:
-            cos, sin = flow.rotation(a.rope, a.head_dim)
-            both = torch.cat([q_BHTD, k_BKTD], 1)
-            both = torch.addcmul(both * cos, both.roll(a.head_dim // 2, -1), sin)
+            both = rotate(torch.cat([q_BHTD, k_BKTD], 1), flow, a)
             q_BHTD, k_BKTD = both.split([a.heads, a.kv_heads], 1)
-        cache = flow.cache(layer)
-        if cache is not None:
-            k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD)
-        out_BHTD = attend(q_BHTD, k_BKTD, v_BKTD, flow, a)
-        return self.o(out_BHTD.transpose(1, 2).reshape(batch, new, a.heads * a.head_dim))  # type: ignore[no-any-return]
+        return q_BHTD, k_BKTD, v_BKTD
+
+    def _queries(self, x_BTC: Tensor, flow: Flow) -> Tensor:
+        q_BHTD = self._heads("q", x_BTC)
+        if self.spec.qk_norm:
+            q_BHTD = self.q_norm(q_BHTD)
+        return q_BHTD if self.spec.rope is None else rotate(q_BHTD, flow, self.spec)
+
+    def _heads(self, name: str, x_BTC: Tensor) -> Tensor:
+        batch, new, _ = x_BTC.shape
+        return getattr(self, name)(x_BTC).view(batch, new, -1, self.spec.head_dim).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def rotate(x_BHTD: Tensor, flow: Flow, a: spec.Attention) -> Tensor:
+    """Every pair of channels turned by its token's position."""
+    assert a.rope is not None
+    cos, sin = flow.rotation(a.rope, a.head_dim)
+    return torch.addcmul(x_BHTD * cos, x_BHTD.roll(a.head_dim // 2, -1), sin)
 
 
 def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, flow: Flow, a: spec.Attention) -> Tensor:

@@ -88,6 +88,12 @@ class Block(nn.Module):
             setattr(block.branch(name).body, name, module)
         return block
 
+    def with_mixer(self, mixer: AttentionSpec) -> Block:
+        """A copy that shares everything, its attention described by `mixer`."""
+        block = self.with_matrices({"q": self.matrix("q")})
+        block.branch("q").body.spec = mixer
+        return block
+
     def without(self, part: Part) -> Block:
         """A copy without its attention or without its feed-forward half."""
         block = _shallow(self)
@@ -115,7 +121,8 @@ class Decoder(nn.Module):
         self.head: nn.Embedding | PackedEmbedding | None = None if spec.tied else _table(spec.head_format, spec)
 
     def embed(self, tokens_BT: Tensor, flow: Flow) -> Tensor:
-        """Token (and learned position) embeddings, [B, T, C]."""
+        """Token (and learned position) embeddings, [B, T, C]; every pass begins here."""
+        flow.sources = self.spec.sources
         x_BTC: Tensor = self.embedding(tokens_BT)
         if self.spec.embedding_scale != 1.0:
             x_BTC = x_BTC * torch.tensor(self.spec.embedding_scale, dtype=x_BTC.dtype)

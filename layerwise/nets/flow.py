@@ -6,7 +6,7 @@ Shapes: B batch, T new tokens, S cached plus new tokens, H heads, D head width.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,18 +45,40 @@ def _room(store: Tensor | None, new: Tensor, used: int, end: int) -> Tensor:
 
 @dataclass
 class Flow:
-    """Positions [B, T] of the new tokens, validity [B, S] of all tokens (None: no padding), caches by layer."""
+    """Positions [B, T] of the new tokens, validity [B, S] of all tokens (None: no padding), caches by layer.
+
+    `sources` are the layers whose keys and values a later layer reads; the pass keeps those it has seen.
+    """
 
     positions_BT: Tensor
     valid_BS: Tensor | None = None
     caches: dict[int, LayerCache] | None = None
     past: int = 0
     dtype: torch.dtype = torch.float32
+    sources: frozenset[int] = frozenset()
+    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _rotations: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def cache(self, layer: int) -> LayerCache | None:
         return None if self.caches is None else self.caches.setdefault(layer, LayerCache())
+
+    def remember(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a layer's new keys and values to its cache, if any; all of them so far, [B, K, S, D]."""
+        cache = self.cache(layer)
+        if cache is not None:
+            k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD)
+        if layer in self.sources:
+            self._kept[layer] = k_BKTD, v_BKTD
+        return k_BKTD, v_BKTD
+
+    def recall(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of an earlier layer of this pass, the new tokens' included, [B, K, S, D]."""
+        return self._kept[layer]
+
+    def forked(self) -> Flow:
+        """A flow that goes on from here by itself: what later layers leave for one another is its own."""
+        return replace(self, _kept=dict(self._kept)) if self.sources else self
 
     def rotation(self, rope: Rope, width: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [B, 1, T, width], so that rotating is x * cos + roll(x, width / 2) * sin."""

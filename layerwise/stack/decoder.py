@@ -16,7 +16,7 @@ from layerwise.errors import BadModel, BadOption
 from layerwise.io.weights import Weights, is_finite
 from layerwise.nets.decoder import Block, Decoder
 from layerwise.nets.flow import Flow, LayerCache
-from layerwise.spec import StackSpec
+from layerwise.spec import Attention, LayerSpec, StackSpec
 from layerwise.stack.base import Site, Stack, State
 
 if TYPE_CHECKING:
@@ -94,10 +94,10 @@ class DecoderStack(Stack):
 
     def run(self, state: State, layers: slice = slice(None)) -> State:
         first, last = self.bounds(state, layers)
-        hidden = state.hidden
+        hidden, flow = state.hidden, state.shared.forked()
         for layer in range(first, last):
-            hidden = self.block(layer)(hidden, state.shared, layer)
-        return state.moved(hidden, last)
+            hidden = self.block(layer)(hidden, flow, layer)
+        return State(hidden, last, flow)
 
     def finish(self, state: State) -> Tensor:
         return self.decoder.logits(state.hidden)
@@ -147,17 +147,26 @@ class DecoderStack(Stack):
 
     def rebuilt(self, spec: StackSpec, blocks: Iterable[nn.Module], *, embedding: nn.Module | None = None,
                 head: nn.Module | None = None) -> DecoderStack:
-        """A stack for `spec` made of `blocks`; what is not given is shared with this one."""
+        """A stack for `spec` made of `blocks`; what is not given is shared with this one.
+
+        A block that shares keys is told the place of their layer in `spec`.
+        """
         with torch.device("meta"):
             decoder = Decoder.__new__(Decoder)
             nn.Module.__init__(decoder)
         decoder.spec = spec
         decoder.embedding = embedding or self.decoder.embedding  # type: ignore[assignment]
         decoder.positions = self.decoder.positions
-        decoder.layers = nn.ModuleList(blocks)
+        decoder.layers = nn.ModuleList(map(_placed, blocks, spec.rows))
         decoder.norm = self.decoder.norm
         decoder.head = head or self.decoder.head  # type: ignore[assignment]
         return DecoderStack(decoder.eval(), name=self.name, tokenizer=self.tokenizer)
+
+    def with_tables(self, spec: StackSpec, **tables: nn.Module) -> DecoderStack:
+        """The same layers, resident or streamed, between another `embedding` or `head`; `spec` has this one's rows."""
+        twin = self.rebuilt(spec, self.decoder.layers, **tables)
+        twin._weights, twin._swapped = self._weights, self._swapped
+        return twin
 
     def copied(self, dtype: torch.dtype | None = None) -> DecoderStack:
         """A resident copy, nothing shared, dense weights in `dtype`: for training or another device."""
@@ -206,6 +215,11 @@ def load(decoder_spec: StackSpec, weights: Weights, *, stream: bool, device: tor
         for layer in range(len(decoder_spec.rows)):
             _assign(decoder.layers[layer], weights.layer(layer), device, dtype)
     return decoder.requires_grad_(False).eval()
+
+
+def _placed(block: nn.Module, row: LayerSpec) -> nn.Module:
+    shares = isinstance(row.mixer, Attention) and row.mixer.shares is not None
+    return block.with_mixer(row.mixer) if shares and isinstance(block, Block) else block  # type: ignore[arg-type]
 
 
 def _share_hooks(kept: nn.Module, block: nn.Module) -> None:

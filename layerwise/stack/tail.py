@@ -9,12 +9,13 @@ Shapes: B rows, P tokens before the place (longest row), A tokens from it on (lo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import BadOption
-from layerwise.nets.flow import Flow, LayerCache
+from layerwise.nets.flow import LayerCache
 from layerwise.stack.base import State
 from layerwise.stack.decoder import Caches, DecoderStack
 
@@ -60,7 +61,7 @@ class Tail:
     def run(self, state: State, layers: slice = slice(None)) -> State:
         """Run layers on a state of this tail, as `Stack.run`; gradients pass through the new tokens."""
         flow = state.shared
-        fresh = Flow(flow.positions_BT, flow.valid_BS, self._kept(), flow.past, flow.dtype)
+        fresh = replace(flow.forked(), caches=self._kept())
         return self.stack.run(State(state.hidden, state.layer, fresh), layers)
 
     def last(self, state: State) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.nets.decoder import Block
+from layerwise.spec import Attention, LayerSpec
 from layerwise.stack.base import State
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
@@ -46,12 +47,19 @@ def check_transform(transform: Transform, stack: DecoderStack | None = None) -> 
         if new is None or edited is None:
             continue
         assert again is not None and _equal(_bytes(new), _bytes(again)), "apply must be repeatable"
-        _check_row(new, edited.bytes(hidden, stack.spec.dtype), state, layer)
+        _check_row(new, edited, stack, state, layer)
 
 
-def _check_row(block: torch.nn.Module, expected_bytes: int, state: State, layer: int) -> None:
+def _check_row(block: torch.nn.Module, row: LayerSpec, stack: DecoderStack, state: State, layer: int) -> None:
     stored = sum(tensor.numel() * tensor.element_size() for tensor in block.state_dict().values())
-    assert stored == expected_bytes, f"the row says {expected_bytes} bytes, the weights take {stored}"
+    expected = row.bytes(stack.spec.hidden, stack.spec.dtype)
+    assert stored == expected, f"the row says {expected} bytes, the weights take {stored}"
+    source = row.mixer.shares if isinstance(row.mixer, Attention) else None
+    if source is not None:
+        if source >= layer:  # the table refuses it
+            return
+        state.shared.sources = frozenset({source})
+        state = stack.run(state, slice(0, layer))
     out_BTC = block(state.hidden, state.shared, layer)
     assert out_BTC.shape == state.hidden.shape and bool(torch.isfinite(out_BTC).all()), (
         "the edited layer must run"

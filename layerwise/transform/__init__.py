@@ -5,4 +5,5 @@ from layerwise.registry import Registry
 TRANSFORMS = Registry("transform", {
     "drop": "layerwise.transform.drop:Drop",
     "quantize": "layerwise.transform.quantize:Quantize",
+    "share-kv": "layerwise.transform.share_kv:ShareKV",
 })
