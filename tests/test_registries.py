@@ -45,6 +45,7 @@ INFRASTRUCTURE = {
         "perturbation": "perturbs parts of any network, which are not rows",
         "neuron_statistics": "every neuron of every layer, not one number a layer",
         "progress": "the progress bar",
+        "reading": "the shared walk of what reads a layer beside its states",
         "sample": "which positions are looked at",
         "scores": "the result",
         "scores_files": "the result as a file",

@@ -2,6 +2,7 @@
 
     Forward        reduces activations as they stream by; all of them share one pass
     PerLayer       reads one layer's row and weights; needs no data
+    Reading        reads one layer's weights beside the states that enter it; all of them share one walk
     Gradient       reads weights beside the gradient of the loss; all of them share one backward
     Intervention   tries alternatives for a layer and compares the model's output
 
@@ -15,7 +16,7 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -26,7 +27,7 @@ from layerwise.measure.scores import Column, Direction
 from layerwise.measure.seen import Seen
 from layerwise.measure.tally import Means
 from layerwise.spec import StackSpec
-from layerwise.stack.base import Stack
+from layerwise.stack.base import Stack, State
 
 Site = Literal["input", "output", "attention", "feed_forward", "lens"]
 T = TypeVar("T")
@@ -132,6 +133,19 @@ class PerLayer(Instrument):
     @abstractmethod
     def of(self, stack: Stack, layer: int, call: Call | None) -> Mapping[str, float]:
         """Part to value. `call` runs a module's layer on the first batch, None for a decoder."""
+
+
+class Reading(Instrument):
+    """Reads one layer at a time together with the states of all data that enter it."""
+
+    @abstractmethod
+    def of_layer(self, stack: Stack, layer: int, states: Sequence[State]) -> Mapping[str, float]:
+        """Part to value; a part that this layer cannot have is left out."""
+
+    def finish(self, found: Sequence[Mapping[str, float]]) -> tuple[Column, ...]:
+        """The columns, from the values of every layer; a part that no layer has makes none."""
+        return tuple(self.column(part, (values.get(part, math.nan) for values in found))
+                     for part in self.parts if any(part in values for values in found))
 
 
 class Gradient(Instrument):

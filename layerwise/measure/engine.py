@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadData, BadOption
-from layerwise.measure import INSTRUMENTS, backward, sweep
-from layerwise.measure.base import Call, Forward, Gradient, Instrument, Intervention, PerLayer
+from layerwise.measure import INSTRUMENTS, backward, reading, sweep
+from layerwise.measure.base import Call, Forward, Gradient, Instrument, Intervention, PerLayer, Reading
 from layerwise.measure.forward import Pass, forward_pass
 from layerwise.measure.identity import identity
 from layerwise.measure.inputs import Inputs, fingerprint
@@ -56,7 +56,7 @@ def measure(stack: Stack, data: Any, instruments: str | Instrument | Iterable[st
     sample, tokens = ("", 0) if inputs is None else fingerprint(inputs)
     origin = [VERSION, model, sample, seed, None if inputs is None else inputs.size]
     journals = {instrument: Journal(Path(resume) if resume else None, [*origin, instrument.to_json()])
-                for instrument in chosen if isinstance(instrument, Intervention)}
+                for instrument in chosen if isinstance(instrument, (Intervention, Reading))}
     job = _Job(stack, inputs, chosen, seed, lens_tokens, journals)
     with Progress("measuring", job.steps(), progress) as bar:
         made = job.run(bar)
@@ -106,19 +106,20 @@ class _Job:
     chosen: Sequence[Instrument]
     seed: int
     lens_tokens: int | None
-    journals: dict[Intervention, Journal]
+    journals: dict[Intervention | Reading, Journal]
 
     def __post_init__(self) -> None:
         self.forward: list[Forward[Any]] = [i for i in self.chosen if isinstance(i, Forward)]
         self.per_layer = [i for i in self.chosen if isinstance(i, PerLayer)]
         self.gradient = [i for i in self.chosen if isinstance(i, Gradient)]
+        self.reading = [i for i in self.chosen if isinstance(i, Reading)]
         self.trying = [i for i in self.chosen if isinstance(i, Intervention)]
 
     def steps(self) -> int:
         """Layer runs of everything, for the progress bar."""
         batches = 1 if self.inputs is None else len(self.inputs)
         passes = len(self.stack) * (bool(self.forward) + 3 * bool(self.gradient))
-        return batches * passes + sweep.cost(self.stack, self.trying)
+        return batches * passes + len(self.stack) * bool(self.reading) + sweep.cost(self.stack, self.trying)
 
     def run(self, bar: Progress) -> dict[Instrument, tuple[Column, ...]]:
         made = self._layers(bar)
@@ -126,6 +127,10 @@ class _Job:
             if self.gradient:
                 columns = backward.backward_pass(self.stack, self.inputs, self.gradient, bar)
                 made |= dict(zip(self.gradient, columns, strict=True))
+            if self.reading:
+                journals = [self.journals[instrument] for instrument in self.reading]
+                columns = reading.read(self.stack, self.inputs, self.reading, journals, bar)
+                made |= dict(zip(self.reading, columns, strict=True))
             if self.trying:
                 journals = [self.journals[instrument] for instrument in self.trying]
                 columns = sweep.sweep(self.stack, self.inputs, self.trying, journals, seed=self.seed,

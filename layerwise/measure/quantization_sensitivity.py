@@ -18,7 +18,7 @@ from torch import nn
 from layerwise.errors import BadOption
 from layerwise.measure.base import Intervention, Trial
 from layerwise.measure.ending import Ending, kl
-from layerwise.measure.floor import Dither, depths, floors
+from layerwise.measure.floor import FLOOR, Dither, above, floor_column, floor_of, floor_trials
 from layerwise.measure.scores import Column, Direction
 from layerwise.nets.decoder import MATRICES
 from layerwise.spec import BITS
@@ -26,7 +26,6 @@ from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
 from layerwise.transform.quantize import Method, Quantize, pack_table, values
 
-FLOOR = "floor"
 LEGAL = {"per": ("layer", "matrix"), "metric": ("kl", "loss"), "method": ("nearest", "search")}
 
 
@@ -36,7 +35,7 @@ class QuantizationSensitivity(Intervention):
 
     `method`, `group` and `symmetric` are those of the transform `quantize`. Output is compared at `tokens`
     positions of every row (None: all). With `outside`, the embedding (and the head, where it is not the
-    embedding) are tried too and stand in the columns' `outside`; a streamed model leaves them out.
+    embedding) are tried too and stand in the columns' `outside`.
     """
 
     bits: tuple[int, ...] = (8, 4, 3, 2)
@@ -75,9 +74,9 @@ class QuantizationSensitivity(Intervention):
         parts = [part for part in self.parts if part != FLOOR]
         inside = [Trial(layer, part) for layer, matrices in enumerate(present) for part in parts
                   if (matrices if self.per == "layer" else part.split(":")[0] in matrices)]
-        if self.metric == "kl" and stack.dtype.itemsize < 4:
-            inside += [Trial(layer, FLOOR) for layer in depths(len(stack))]
-        if self.per == "matrix" or not self.outside or stack.streamed:
+        if self.metric == "kl":
+            inside += floor_trials(stack)
+        if self.per == "matrix" or not self.outside:
             return inside
         tables = ["embedding"] if stack.spec.tied else ["embedding", "head"]
         return inside + [Trial(table, part) for table in tables for part in parts]
@@ -94,26 +93,14 @@ class QuantizationSensitivity(Intervention):
         assert table is not None
         spec = replace(stack.spec, **{f"{trial.place}_format": quantize.format})  # type: ignore[arg-type]
         packed = {trial.place: pack_table(values(table), quantize.format, self.method)}
-        return stack.rebuilt(spec, [stack.block(layer) for layer in range(len(stack))], **packed)
+        return stack.with_tables(spec, **packed)
 
     def score(self, original: Ending, changed: Ending) -> float:
         return kl(original, changed) if self.metric == "kl" else changed.loss - original.loss
 
     def finish(self, layers: int, values: Mapping[Trial, float]) -> tuple[Column, ...]:
-        measured = {trial.place: value for trial, value in values.items()
-                    if trial.part == FLOOR and isinstance(trial.place, int)}
-        floor: dict[int | str, float] = dict(enumerate(floors(measured, layers)))
-        floor["embedding"], floor["head"] = floor[0], 0.0
-        above = {trial: self._above(value, floor[trial.place])
-                 for trial, value in values.items() if trial.part != FLOOR}
-        columns = super().finish(layers, above)
-        return (*columns, self._floor(floor)) if measured else columns
-
-    def _floor(self, floor: Mapping[int | str, float]) -> Column:
-        outside = {place: value for place, value in floor.items() if isinstance(place, str)}
-        inside = [value for place, value in floor.items() if isinstance(place, int)]
-        about = "what rounding alone does to the output; it is subtracted from the other columns"
-        return Column(f"{self.name}:{FLOOR}", tuple(inside), self.unit, None, about, outside)
-
-    def _above(self, value: float, floor: float) -> float:
-        return max(0.0, value - floor) if self.metric == "kl" else value
+        if self.metric == "loss":
+            return super().finish(layers, values)
+        floor = floor_of(values, layers)
+        columns = super().finish(layers, above(values, floor))
+        return (*columns, floor_column(self.name, self.unit, floor)) if floor else columns

@@ -123,7 +123,8 @@ def _check_columns(instrument: Instrument, found: Scores) -> None:
     for column in found.columns.values():
         assert column.name.startswith(instrument.name), f"{column.name} must begin with {instrument.name}"
         assert column.unit and column.about, f"{column.name} needs a unit and a description"
-        assert any(not math.isnan(value) for value in column.values), f"{column.name} measures nothing"
+        said = (*column.values, *column.outside.values())
+        assert any(not math.isnan(value) for value in said), f"{column.name} measures nothing"
 
 
 def _check_resume(

@@ -19,9 +19,9 @@ SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
 
 @torch.inference_mode()
 def grams(block: Block, layer: int, states: Iterable[State]) -> dict[str, Tensor]:
-    """Sum of x x^T over all tokens of `states`, [I, I] float32, by matrix name.
+    """Sum of x x^T over all real tokens of `states`, [I, I] float32, by matrix name.
 
-    Matrices that read the same input share one tensor. Padded tokens count like others. Routed experts
+    Matrices that read the same input share one tensor. Padding is left out. Routed experts
     see only their own tokens, so their stacked matrices have no common Gram matrix and are left out.
     """
     routed = block.feed_forward is not None and hasattr(block.feed_forward.body, "router")
@@ -30,11 +30,17 @@ def grams(block: Block, layer: int, states: Iterable[State]) -> dict[str, Tensor
     sums: dict[str, Tensor] = {}
     watched = {name: module for name, module in matrices.items() if SAME_INPUT.get(name) not in matrices}
 
+    real_N: Tensor | None = None
+
     def add(name: str, x_NI: Tensor) -> None:
+        if real_N is not None:
+            x_NI = x_NI[real_N]
         gram_II = x_NI.float().T @ x_NI.float()
         sums[name] = sums[name] + gram_II if name in sums else gram_II
 
     with watching(watched, add):
         for state in states:
+            valid_BS = getattr(state.shared, "valid_BS", None)
+            real_N = None if valid_BS is None else valid_BS[:, -state.hidden.shape[1] :].flatten()
             block(state.hidden, state.shared, layer)
     return {name: sums[name if name in watched else SAME_INPUT[name]] for name in matrices}

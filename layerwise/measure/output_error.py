@@ -1,0 +1,108 @@
+"""How far a matrix's outputs move when it is stored in another format, before anything is built.
+
+    error = tr(E G E') / tr(W G W'),   E = W - W_stored,   G = sum of x x' over the inputs x it sees
+
+Two matrices that lose the same share of their output need not matter the same; what that share costs the
+predictions is what `response` measures. Errors of GPTQ are taken from plain rounding with searched scales
+and one GPTQ run of the matrix: how much it gains changes little from format to format.
+Source of the error measure: Hassibi and Stork, Optimal Brain Surgeon, 1992; Frantar et al., GPTQ, 2022.
+
+Shapes: O outputs (a sample of them), I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadOption
+from layerwise.measure.base import Reading
+from layerwise.measure.scores import Direction
+from layerwise.nets.decoder import MATRICES, Block
+from layerwise.spec import Format
+from layerwise.stack.base import Stack, State
+from layerwise.transform.gptq import gptq, output_error
+from layerwise.transform.gram import grams
+from layerwise.transform.quantize import SEARCH_STEPS, Method, values
+from layerwise.transform.rounding import round_to_nearest
+
+PROBE = Format(3, 128)
+"""Rounding to nearest in this format is the disturbance whose effect on the predictions `response` measures:
+large enough to stand out of bfloat16 rounding, small enough that errors act in proportion."""
+
+FORMATS = ("8/row=", "6/128", "5/128", "4/32", "4/128", "4/row", "3/64", "3/128", "3/row", "2/32", "2/64", "2/128")
+ROWS = 192
+"""Outputs of a matrix that stand for all of them, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class OutputError(Reading):
+    """Columns `<matrix>:<format>`, and `<matrix>:probe` for the disturbance that `response` tries.
+
+    `formats` are labels such as "4/128" (see `Format.label`), `method` how they are rounded.
+    """
+
+    formats: tuple[str, ...] = FORMATS
+    method: Method = "gptq"
+
+    name: ClassVar[str] = "output-error"
+    unit: ClassVar[str] = "share"
+    important: ClassVar[Direction | None] = "high"
+    about: ClassVar[str] = "share of a matrix's output that storing it so changes"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", tuple(self.formats))
+        for label in self.formats:
+            Format.parse(label)
+        if not self.formats:
+            raise BadOption(f"no formats for {self.name}", expected="labels such as 4/128", do="name some")
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        return {f"{matrix}:{label}": self.unit for matrix in MATRICES for label in (*self.formats, "probe")}
+
+    def of_layer(self, stack: Stack, layer: int, states: Sequence[State]) -> Mapping[str, float]:
+        block = stack.block(layer)
+        if not isinstance(block, Block):
+            raise BadOption(f"{self.name} of {stack.name}", expected="a decoder language model",
+                            do="measure what needs only 'input' and 'output'")
+        found: dict[str, float] = {}
+        gram_of = grams(block, layer, states)
+        for name, matrix in block.matrices().items():
+            if name in gram_of:
+                errors = self.of_matrix(values(matrix), gram_of[name], f"matrix {name!r} of layer {layer}")
+                found |= {f"{name}:{part}": error for part, error in errors.items()}
+        return found
+
+    def of_matrix(self, weight_OI: Tensor, gram_II: Tensor, what: str = "the matrix") -> dict[str, float]:
+        """Relative squared output error by format label, and of the probe."""
+        weight_OI = weight_OI[:: max(1, len(weight_OI) // ROWS)].float()
+        whole = float(((weight_OI @ gram_II) * weight_OI).sum()) or 1.0
+        importance_I = gram_II.diagonal()
+
+        def searched(format: Format) -> float:
+            rounded = round_to_nearest(weight_OI, format, search=SEARCH_STEPS, importance_I=importance_I, what=what)
+            return _total(weight_OI, gram_II, rounded, format)
+
+        probe = _total(weight_OI, gram_II, round_to_nearest(weight_OI, PROBE, what=what), PROBE)
+        gain = 1.0
+        if self.method == "gptq":
+            compensated = gptq(weight_OI, gram_II, PROBE, search=SEARCH_STEPS, what=what)
+            gain = _total(weight_OI, gram_II, compensated, PROBE) / max(searched(PROBE), 1e-30)
+        if self.method == "nearest":
+            errors = {label: _total(weight_OI, gram_II, round_to_nearest(weight_OI, format, what=what), format)
+                      for label, format in self._formats()}
+        else:
+            errors = {label: gain * searched(format) for label, format in self._formats()}
+        return {label: error / whole for label, error in (errors | {"probe": probe}).items()}
+
+    def _formats(self) -> list[tuple[str, Format]]:
+        return [(label, Format.parse(label)) for label in self.formats]
+
+
+def _total(weight_OI: Tensor, gram_II: Tensor, rounded: tuple[Tensor, Tensor, Tensor | None], format: Format) -> float:
+    return float(output_error(weight_OI, gram_II, rounded, format).sum().clamp_min(torch.finfo(torch.float32).tiny))
