@@ -36,10 +36,9 @@ class Drop(Transform):
             raise BadOption(f"dropping the {self.part} of {row.mixer.path}, which layerwise did not build",
                             expected="a layer of a decoder language model", do="drop the whole layer")
         formats = {name: packed for name, packed in row.formats.items() if MATRICES[name] != self.part}
-        if self.part == "attention":
-            row = dataclasses.replace(row, mixer=None, formats=formats)
-        else:
-            row = dataclasses.replace(row, feed_forward=None, formats=formats)
+        ranks = {name: rank for name, rank in row.ranks.items() if MATRICES[name] != self.part}
+        gone = "mixer" if self.part == "attention" else "feed_forward"
+        row = dataclasses.replace(row, **{gone: None}, formats=formats, ranks=ranks)  # type: ignore[arg-type]
         return row if row.mixer or row.feed_forward else None
 
     def apply(self, block: nn.Module, row: LayerSpec, stats: Stats | None = None) -> nn.Module | None:

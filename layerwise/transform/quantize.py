@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadData, BadOption
 from layerwise.nets.decoder import MATRICES, Block
+from layerwise.nets.factored import FactoredLinear, Matrix
 from layerwise.nets.packed import PackedEmbedding, PackedLinear, PackedMatrix
 from layerwise.spec import Format, LayerSpec, Opaque
 from layerwise.transform.base import Stats, Transform
@@ -77,17 +78,29 @@ class Quantize(Transform):
         Raises BadData where GPTQ lacks a Gram matrix, BadModel where weights are not finite.
         """
         block = cast(Block, block)
-        return block.with_matrices({name: self._packed(block.matrix(name), name, stats or {})
-                                    for name in self._names(row)})
+        grams = stats or {}
+        return block.with_matrices({name: packed(block.matrix(name), self.format, self.method, grams.get(name),
+                                                 f"matrix {name!r}") for name in self._names(row)})
 
     def _names(self, row: LayerSpec) -> list[str]:
         return [name for name in row.matrices(hidden=1) if self.matrices is None or name in self.matrices]
 
-    def _packed(self, matrix: nn.Linear | PackedLinear, name: str, stats: Stats) -> PackedLinear:
-        if isinstance(matrix, PackedLinear) and matrix.format == self.format:
-            return matrix
-        rounded = rounded_by(self.method, values(matrix), self.format, stats.get(name), f"matrix {name!r}")
-        return PackedLinear.from_codes(*rounded, self.format, bias=matrix.bias)
+
+def packed(matrix: Matrix, format: Format, method: Method = "nearest", gram_II: Tensor | None = None,
+           what: str = "the matrix") -> Matrix:
+    """`matrix` in `format`, itself where it is already; of two factors, the second as its inputs then are.
+
+    Raises as `rounded_by` does.
+    """
+    if isinstance(matrix, FactoredLinear):
+        a = packed(matrix.a, format, method, gram_II, f"the first factor of {what}")
+        inner_RR = None if gram_II is None else values(a) @ gram_II.float() @ values(a).T
+        b = packed(matrix.b, format, method, inner_RR, f"the second factor of {what}")
+        return matrix if (a, b) == (matrix.a, matrix.b) else FactoredLinear(a, b)  # type: ignore[arg-type]
+    if isinstance(matrix, PackedLinear) and matrix.format == format:
+        return matrix
+    rounded = rounded_by(method, values(matrix), format, gram_II, what)
+    return PackedLinear.from_codes(*rounded, format, bias=matrix.bias)
 
 
 def pack_table(weight_VC: Tensor, format: Format, method: Method = "nearest") -> PackedEmbedding:
@@ -120,7 +133,9 @@ def rounded_by(method: Method, weight_OI: Tensor, format: Format, gram_II: Tenso
 
 
 def values(module: nn.Module) -> Tensor:
-    """The weights of a linear layer or table, dense or packed, [O, I]; a packed table's in its dtype."""
+    """The weights of a linear layer or table, dense, packed or factored, [O, I]; a packed table's in its dtype."""
+    if isinstance(module, FactoredLinear):
+        return module.dense()
     if isinstance(module, PackedMatrix):
         return module.dense(module.dtype if isinstance(module, PackedEmbedding) else torch.float32)
     return cast(Tensor, module.weight).detach()
