@@ -4,6 +4,7 @@ from layerwise.registry import Registry
 
 TRANSFORMS = Registry("transform", {
     "drop": "layerwise.transform.drop:Drop",
+    "low-rank": "layerwise.transform.low_rank:LowRank",
     "quantize": "layerwise.transform.quantize:Quantize",
     "share-kv": "layerwise.transform.share_kv:ShareKV",
 })

@@ -32,7 +32,7 @@ def gptq(weight_OI: Tensor, gram_II: Tensor, format: Format, *, search: int = 0,
     plain rounding keeps plain rounding, so the error is never larger. Raises BadData where the Gram matrix
     is not finite or of another size, and BadModel where weights are not finite.
     """
-    _check(weight_OI, gram_II, what)
+    check_gram(weight_OI, gram_II, what)
     diagonal_I = gram_II.diagonal().float()
     rounded = round_to_nearest(weight_OI, format, search=search, importance_I=diagonal_I, what=what)
     order_I = diagonal_I.argsort(descending=True, stable=True)
@@ -96,7 +96,8 @@ def _better_rows(weight_OI: Tensor, gram_II: Tensor, codes_OI: Tensor, rounded: 
     return torch.where((compensated < plain)[:, None], codes_OI, rounded[0])
 
 
-def _check(weight_OI: Tensor, gram_II: Tensor, what: str) -> None:
+def check_gram(weight_OI: Tensor, gram_II: Tensor, what: str = "the matrix") -> None:
+    """Raises BadData where a Gram matrix does not fit the inputs of a weight, or is not finite."""
     inputs = weight_OI.shape[1]
     if gram_II.shape != (inputs, inputs) or not bool(gram_II.isfinite().all()):
         raise BadData(f"a Gram matrix of shape {tuple(gram_II.shape)} for {what}, {inputs} inputs",
