@@ -1,6 +1,7 @@
 """A GGUF file seen as a checkpoint of transformers: configuration, tensor names, and changed values undone.
 
-Writers of GGUF change values for four reasons, all reversed here: Llama-like queries and keys have the two
+Layers of a `deci` file may differ: it is a Llama with numbers of heads and widths for each layer, no heads
+meaning no attention. Writers of GGUF change values for four reasons, all reversed here: Llama-like queries and keys have the two
 halves of each head interleaved, Gemma norms hold 1 + weight, GPT-2 matrices are transposed, and the Llama 3.1
 rotary scaling is stored as a table of divisors instead of its parameters.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from layerwise.errors import BadFile, BadModel
 from layerwise.io.checkpoint import Checkpoint, missing
 from layerwise.io.gguf import GGUFFile
 from layerwise.nets.flow import frequencies
-from layerwise.spec import Rope
+from layerwise.spec import Attention, LayerSpec, Rope, StackSpec
 
 LLAMA = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -50,8 +51,9 @@ NAMES = {"llama": LLAMA, "mixtral": MIXTRAL, "qwen2": LLAMA, "qwen3": LLAMA, "qw
          "gemma3_text": GEMMA3, "gpt2": GPT2}
 """Model type to {name in GGUF: name in transformers}; {} stands for the expert's number."""
 
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe",
+ARCHITECTURES = {"llama": "llama", "deci": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe",
                  "gemma3": "gemma3_text", "gpt2": "gpt2"}
+WIDTHS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 IGNORED = {"rope_freqs"}
 TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+?)(?P<stack>_exps)?(?:\.(?P<expert>\d+))?"
                     r"\.(?P<kind>weight|bias)")
@@ -97,6 +99,15 @@ class GGUFCheckpoint(Checkpoint):
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self._read(name) for name in names}
 
+    def uneven(self, spec: StackSpec) -> StackSpec:
+        """`spec` with the widths of each layer where the file gives them."""
+        arch = self.file.metadata["general.architecture"]
+        if not any(isinstance(self.file.metadata.get(f"{arch}.{key}"), list) for key in WIDTHS):
+            return spec
+        columns = [_each(self.file.metadata[f"{arch}.{key}"], len(spec.rows)) for key in WIDTHS]
+        rows = (_row(row, *widths) for row, *widths in zip(spec.rows, *columns, strict=True))
+        return replace(spec, rows=tuple(rows))
+
     def storage(self) -> dict[str, int]:
         """How many tensors are stored as each GGML type."""
         types = [self.file.type_name(name) for name in self.file.tensors]
@@ -112,8 +123,7 @@ class GGUFCheckpoint(Checkpoint):
         tensor = self.file.read(place.stored, self._dtype, place.part)
         family = self.config["model_type"]
         if family in ("llama", "mixtral") and (".q_proj." in name or ".k_proj." in name):
-            heads = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
-            return _halves(tensor, self.config[heads])
+            return _halves(tensor, tensor.shape[0] // self.config["head_dim"])
         if family == "gemma3_text" and name.endswith("norm.weight"):
             return tensor.float() - 1
         return tensor.T if self._transposed(name) else tensor
@@ -127,6 +137,20 @@ def _halves(interleaved: Tensor, heads: int) -> Tensor:
     """Rows (x0, y0, x1, y1, ...) of every head as (x0, x1, ..., y0, y1, ...)."""
     half = interleaved.shape[0] // heads // 2
     return interleaved.view(heads, half, 2, *interleaved.shape[1:]).transpose(1, 2).reshape(interleaved.shape)
+
+
+def _row(row: LayerSpec, heads: int, kv_heads: int, width: int) -> LayerSpec:
+    assert isinstance(row.mixer, Attention) and row.feed_forward is not None
+    mixer = replace(row.mixer, heads=heads, kv_heads=kv_heads) if heads else None
+    return replace(row, mixer=mixer, feed_forward=replace(row.feed_forward, width=width))
+
+
+def _each(value: int | list[int], layers: int) -> list[int]:
+    return value if isinstance(value, list) else [value] * layers
+
+
+def _largest(value: int | list[int]) -> int:
+    return max(value) if isinstance(value, list) else value
 
 
 def _places(file: GGUFFile, config: dict[str, Any]) -> Iterator[tuple[str, Place]]:
@@ -185,15 +209,15 @@ def _gpt2(file: GGUFFile) -> dict[str, Any]:
 
 def _llama_like(file: GGUFFile, architecture: str) -> dict[str, Any]:
     data = {key.removeprefix(f"{architecture}."): value for key, value in file.metadata.items()}
-    heads = data["attention.head_count"]
+    heads = _largest(data["attention.head_count"])
     width = data.get("attention.key_length") or data["embedding_length"] // heads
     config = _common(file) | {
         "model_type": ARCHITECTURES[architecture], "num_hidden_layers": data["block_count"],
-        "hidden_size": data["embedding_length"], "intermediate_size": data.get("feed_forward_length", 0),
-        "num_attention_heads": heads, "num_key_value_heads": data.get("attention.head_count_kv", heads),
+        "hidden_size": data["embedding_length"], "intermediate_size": _largest(data.get("feed_forward_length", 0)),
+        "num_attention_heads": heads, "num_key_value_heads": _largest(data.get("attention.head_count_kv", heads)),
         "head_dim": width, "max_position_embeddings": data["context_length"], "hidden_act": "silu",
         "rms_norm_eps": _rounded(data["attention.layer_norm_rms_epsilon"]),
-        "rope_parameters": _rope(file, data, width), "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "rope_parameters": _rope(file, data, width), "attention_bias": any(name.endswith("attn_q.bias") for name in file.tensors),
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
     if data.get("rope.dimension_count", width) != width:
@@ -216,12 +240,19 @@ def _gemma(data: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     rope = config["rope_parameters"]
     local = {"rope_type": "default", "rope_theta": _rounded(data.get("rope.freq_base_swa", 10_000.0))}
     return {
-        "sliding_window": data["attention.sliding_window"], "hidden_activation": "gelu_pytorch_tanh",
-        "sliding_window_pattern": data.get("attention.sliding_window_pattern", 6),
+        "sliding_window": data.get("attention.sliding_window"), "hidden_activation": "gelu_pytorch_tanh",
+        **_pattern(data.get("attention.sliding_window_pattern", 6)),
         "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"] if largest
         else config["head_dim"],
         "final_logit_softcapping": data.get("final_logit_softcapping"),
         "rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+
+
+def _pattern(given: int | list[bool]) -> dict[str, Any]:
+    """Which layers slide, by a period or one by one."""
+    if isinstance(given, int):
+        return {"sliding_window_pattern": given}
+    return {"layer_types": ["sliding_attention" if slides else "full_attention" for slides in given]}
 
 
 def _rope(file: GGUFFile, data: dict[str, Any], width: int) -> dict[str, Any]:

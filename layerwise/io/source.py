@@ -57,7 +57,7 @@ def read(source: str | Path, *, dtype: str | None = None) -> Source:
                         do="leave it out to keep the stored one")
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        found = _read_gguf(path, dtype)
+        found = read_gguf(path, dtype)
     elif path.is_file():
         raise BadFile(f"{path} is a single file", expected="a model folder or a .gguf file",
                       do=f"give the folder it lies in: {path.parent}")
@@ -107,14 +107,17 @@ def _read_folder(folder: Path, dtype: str | None) -> Source:
     return Source(spec, weights, tokenizer, folder, folder.name)
 
 
-def _read_gguf(path: Path, dtype: str | None) -> Source:
+def read_gguf(path: Path, dtype: str | None = None) -> Source:
+    """A GGUF file whatever its name; see `read`."""
     checkpoint = GGUFCheckpoint(path, DTYPES[dtype] if dtype else None)
     with _sensible(path):
         _countable(checkpoint.config, checkpoint)
         family: Family = FAMILIES[checkpoint.config["model_type"]]()
-        spec = _in_dtype(family.spec(checkpoint.config), dtype)
+        spec = _in_dtype(checkpoint.uneven(family.spec(checkpoint.config)), dtype)
         weights = Weights(checkpoint, spec, family.links(spec))
-    return Source(spec, weights, GGUFTokenizer(checkpoint.file, spec.vocabulary), None, path.stem)
+    known = "tokenizer.ggml.tokens" in checkpoint.file.metadata
+    tokenizer = GGUFTokenizer(checkpoint.file, spec.vocabulary) if known else None
+    return Source(spec, weights, tokenizer, None, path.stem)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from torch import nn
 
 from layerwise.io.source import read
 from layerwise.registry import Registry
-from layerwise.spec import StackSpec
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack, load
 from layerwise.stack.module import ModuleStack
@@ -45,21 +44,10 @@ def open(source: str | Path | nn.Module, *, dtype: str | None = None,
     if is_vision_language(source):
         return open_vision_language(source, device=torch.device(device) if device else None,
                                     dtype=DTYPES[dtype] if dtype else None)
-    found = read(source)
+    found = read(source, dtype=dtype)
     if stream is None:
         stream = found.spec.bytes() > 0.8 * psutil.virtual_memory().available and device is None
-    spec = found.spec if dtype is None else _with_dtype(found.spec, dtype)
-    decoder = load(spec, found.weights, stream=stream, device=torch.device(device) if device else None,
+    decoder = load(found.spec, found.weights, stream=stream, device=torch.device(device) if device else None,
                    dtype=DTYPES[dtype] if dtype else None)
     return DecoderStack(decoder, name=found.name, tokenizer=found.tokenizer, folder=found.folder,
                         weights=found.weights if stream else None)
-
-
-def _with_dtype(spec: StackSpec, dtype: str) -> StackSpec:
-    from dataclasses import replace
-
-    from layerwise.errors import BadOption
-    if dtype not in DTYPES:
-        raise BadOption(f"dtype={dtype!r}", expected=f"one of {sorted(DTYPES)}",
-                        do="leave it out to keep the stored one")
-    return replace(spec, dtype=dtype)  # type: ignore[arg-type]
