@@ -6,7 +6,6 @@ Shapes: B batch, T new tokens, S all tokens, H query heads, K key heads, D head 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise import spec
@@ -39,12 +38,10 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
         batch, new, _ = x_BTC.shape
         if self.spec.shares is None:
-            q_BHTD, *own = self._queries_and_keys(x_BTC, flow)
-            k_BKSD, v_BKSD = flow.remember(layer, *own)
+            q_BHTD, k_BKTD, v_BKTD = self._queries_and_keys(x_BTC, flow)
+            out_BHTD = flow.attend(self.spec, layer, q_BHTD, k_BKTD, v_BKTD)
         else:
-            q_BHTD = self._queries(x_BTC, flow)
-            k_BKSD, v_BKSD = flow.recall(self.spec.shares)
-        out_BHTD = attend(q_BHTD, k_BKSD, v_BKSD, flow, self.spec)
+            out_BHTD = flow.attend(self.spec, layer, self._queries(x_BTC, flow))
         return self.o(out_BHTD.transpose(1, 2).reshape(batch, new, -1))  # type: ignore[no-any-return]
 
     def _queries_and_keys(self, x_BTC: Tensor, flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,31 +71,3 @@ def rotate(x_BHTD: Tensor, flow: Flow, a: spec.Attention) -> Tensor:
     assert a.rope is not None
     cos, sin = flow.rotation(a.rope, a.head_dim)
     return torch.addcmul(x_BHTD * cos, x_BHTD.roll(a.head_dim // 2, -1), sin)
-
-
-def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, flow: Flow, a: spec.Attention) -> Tensor:
-    """Softmax(q k' * scale) v, [B, H, T, D], through the fastest kernel that is exact for the case."""
-    scale = a.scale if a.scale is not None else a.head_dim**-0.5
-    mask = flow.mask(a.window)
-    groups = a.heads // a.kv_heads
-    if a.softcap is not None:
-        return _capped(q_BHTD, k_BKSD, v_BKSD, mask, scale, a.softcap, groups)
-    if q_BHTD.shape[2] == 1:  # one token: the query heads that share a key head become the query axis
-        batch, heads, _, width = q_BHTD.shape
-        q_BKGD = q_BHTD.view(batch, a.kv_heads, groups, width)
-        out_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, attn_mask=mask, scale=scale)
-        return out_BKGD.view(batch, heads, 1, width)
-    if groups > 1:
-        k_BKSD, v_BKSD = k_BKSD.repeat_interleave(groups, 1), v_BKSD.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None, scale=scale)
-
-
-def _capped(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, scale: float, cap: float,
-            groups: int) -> Tensor:
-    k_BHSD, v_BHSD = k_BKSD.repeat_interleave(groups, 1), v_BKSD.repeat_interleave(groups, 1)
-    logits = cap * torch.tanh(q_BHTD @ k_BHSD.transpose(-1, -2) * (scale / cap))
-    new, total = logits.shape[-2:]
-    if mask is None:
-        mask = torch.ones(new, total, dtype=torch.bool, device=logits.device).tril(total - new)
-    weights = logits.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
-    return weights.to(v_BHSD.dtype) @ v_BHSD

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from layerwise.spec import Rope
+from layerwise.nets.softmax import softmax_attention
+from layerwise.spec import Attention, Rope
 
 
 class LayerCache:
@@ -63,18 +64,25 @@ class Flow:
     def cache(self, layer: int) -> LayerCache | None:
         return None if self.caches is None else self.caches.setdefault(layer, LayerCache())
 
-    def remember(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a layer's new keys and values to its cache, if any; all of them so far, [B, K, S, D]."""
-        cache = self.cache(layer)
-        if cache is not None:
-            k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD)
-        if layer in self.sources:
-            self._kept[layer] = k_BKTD, v_BKTD
-        return k_BKTD, v_BKTD
+    def attend(self, a: Attention, layer: int, q_BHTD: Tensor, k_BKTD: Tensor | None = None,
+               v_BKTD: Tensor | None = None) -> Tensor:
+        """What the new tokens' queries get from the values of all tokens, [B, H, T, D].
 
-    def recall(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of an earlier layer of this pass, the new tokens' included, [B, K, S, D]."""
-        return self._kept[layer]
+        New keys and values join the layer's cache, if any; a layer that has none reads those of the layer it shares.
+        """
+        if k_BKTD is None or v_BKTD is None:
+            assert a.shares is not None
+            k_BKSD, v_BKSD = self._kept[a.shares]
+        else:
+            k_BKSD, v_BKSD = self._extended(layer, k_BKTD, v_BKTD)
+        return softmax_attention(q_BHTD, k_BKSD, v_BKSD, self.mask(a.window), a)
+
+    def _extended(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        cache = self.cache(layer)
+        both = (k_BKTD, v_BKTD) if cache is None else cache.append(k_BKTD, v_BKTD)
+        if layer in self.sources:
+            self._kept[layer] = both
+        return both
 
     def forked(self) -> Flow:
         """A flow that goes on from here by itself: what later layers leave for one another is its own."""

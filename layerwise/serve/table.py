@@ -1,0 +1,147 @@
+"""The layer table of serving: what each layer keeps of the past, how precisely, and whether new tokens run it.
+
+Layers that keep the same tokens form a group, which has one block table for each sequence; groups differ in the
+tokens they keep, so a token's place in the cache (its slot) need not be its position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from layerwise.errors import BadModel, BadOption
+from layerwise.spec import DTYPE_BYTES, Attention, Opaque, StackSpec
+
+Kind = Literal["full", "window", "budget", "shared", "none"]
+Precision = Literal["model", "int8"]
+Scorer = Literal["recent", "norm", "attention"]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps: all tokens, the last `tokens`, the best `tokens`, what layer `source` keeps, or nothing.
+
+    `skipped` layers are run by prompts only: tokens that were generated pass them by and leave nothing there.
+    """
+
+    kind: Kind
+    tokens: int | None = None
+    source: int | None = None
+    scorer: Scorer = "recent"
+    precision: Precision = "model"
+    group: int | None = None
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that keep the same tokens; a block of the group is a block in each of them, `block_bytes` in all."""
+
+    kind: Kind
+    tokens: int | None
+    layers: tuple[int, ...]
+    token_bytes: int
+    scorer: Scorer = "recent"
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """One entry a layer, and the groups they form."""
+
+    layers: tuple[LayerCache, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def skipped(self) -> frozenset[int]:
+        return frozenset(layer for layer, entry in enumerate(self.layers) if entry.skipped)
+
+    @property
+    def has_budgets(self) -> bool:
+        return any(group.kind == "budget" for group in self.groups)
+
+    def fingerprint(self) -> str:
+        """A short hash; caches of equal tables over equal weights hold equal values."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def layer_table(spec: StackSpec, *, precision: Precision | Mapping[int, Precision] = "model",
+                budgets: Mapping[int, int] | None = None, scorer: Scorer = "recent",
+                skip: Collection[int] = ()) -> LayerTable:
+    """Read the table off the rows; `budgets` limits the tokens that a layer keeps after its prompt.
+
+    A layer whose keys others read keeps what any of them needs. Raises BadModel for rows that layerwise did not
+    build, BadOption for a layer that is not there, a budget of none, or one for a layer whose cache is not its own.
+    """
+    budgets, depth = budgets or {}, len(spec.rows)
+    for layer in (*budgets, *skip):
+        if not 0 <= layer < depth:
+            raise BadOption(f"layer {layer}", expected=f"a layer within 0..{depth - 1}", do="count layers from 0")
+    entries = []
+    for layer in range(depth):
+        kept = _kept(spec, layer, budgets.get(layer), scorer)
+        own = precision if isinstance(precision, str) else precision.get(layer, "model")
+        entries.append({**kept, "precision": own, "skipped": layer in skip})
+    keys = _group_keys(entries)
+    groups = tuple(_group(spec, entries, layers) for layers in keys)
+    place = {layer: index for index, layers in enumerate(keys) for layer in layers}
+    for entry in entries:
+        if entry["source"] is not None:
+            entry["skipped"] = entry["skipped"] or entries[entry["source"]]["skipped"]
+    table = tuple(LayerCache(**entry, group=place.get(layer if entry["source"] is None else entry["source"]))
+                  for layer, entry in enumerate(entries))
+    return LayerTable(table, groups)
+
+
+def _kept(spec: StackSpec, layer: int, budget: int | None, scorer: Scorer) -> dict[str, object]:
+    mixer = spec.rows[layer].mixer
+    if isinstance(mixer, Opaque):
+        raise BadModel(f"layer {layer}, {mixer.type}", expected="a decoder language model of a known family",
+                       do="open its Hugging Face folder instead of the module")
+    entry: dict[str, object] = {"tokens": None, "source": None, "scorer": "recent"}
+    if budget is not None and (mixer is None or mixer.shares is not None or mixer.window is not None or budget < 1):
+        raise BadOption(f"a budget of {budget} tokens for layer {layer}",
+                        expected="1 or more, for a layer that keeps all tokens in a cache of its own",
+                        do="leave this layer out")
+    if mixer is None:
+        return entry | {"kind": "none"}
+    if mixer.shares is not None:
+        return entry | {"kind": "shared", "source": mixer.shares}
+    window = _needed(spec, layer)
+    if budget is not None:
+        return entry | {"kind": "budget", "tokens": budget, "scorer": scorer}
+    return entry | {"kind": "full" if window is None else "window", "tokens": window}
+
+
+def _needed(spec: StackSpec, layer: int) -> int | None:
+    """How far back the layer and those that read its keys look; None for everything."""
+    readers = [row.mixer for row in spec.rows if isinstance(row.mixer, Attention) and row.mixer.shares == layer]
+    mixer = spec.rows[layer].mixer
+    assert isinstance(mixer, Attention)
+    windows = [reader.window for reader in (mixer, *readers)]
+    return None if None in windows else max(window for window in windows if window is not None)
+
+
+def _group_keys(entries: list[dict[str, object]]) -> list[tuple[int, ...]]:
+    """The layers of each group: one group for all full layers, one for each window, one for each budgeted layer."""
+    groups: dict[object, list[int]] = {}
+    for layer, entry in enumerate(entries):
+        if entry["kind"] in ("full", "window"):
+            groups.setdefault(entry["tokens"], []).append(layer)
+        elif entry["kind"] == "budget":
+            groups.setdefault(("budget", layer), []).append(layer)
+    return [tuple(layers) for layers in groups.values()]
+
+
+def _group(spec: StackSpec, entries: list[dict[str, object]], layers: tuple[int, ...]) -> Group:
+    first = entries[layers[0]]
+    size = sum(_token_bytes(spec, layer, entries[layer]["precision"] == "int8") for layer in layers)
+    return Group(first["kind"], first["tokens"], layers, size, first["scorer"])  # type: ignore[arg-type]
+
+
+def _token_bytes(spec: StackSpec, layer: int, int8: bool) -> int:
+    mixer = spec.rows[layer].mixer
+    assert isinstance(mixer, Attention)
+    head = mixer.head_dim + 4 if int8 else mixer.head_dim * DTYPE_BYTES[spec.dtype]
+    return 2 * mixer.kv_heads * head
