@@ -10,9 +10,12 @@ from typing import Any, Literal
 from layerwise.allocate.cost import Clock, Cost, rest_cost, row_cost, table_cost, tables
 from layerwise.allocate.edits import edited_row, edited_table
 from layerwise.allocate.losses import DEPTH, Alternative, Losses, Target, predict, tried_columns
+from layerwise.allocate.mixtures import Option, combined, merged_edits, useful
+from layerwise.allocate.plan import Edit
 from layerwise.errors import BadOption
 from layerwise.measure.scores import Scores
-from layerwise.spec import LayerSpec, StackSpec
+from layerwise.nets.decoder import MATRICES
+from layerwise.spec import Format, LayerSpec, StackSpec
 
 TABLE_BITS = (8, 6, 4)
 ROW_BITS = (8, 6, 5, 4, 3, 2)
@@ -22,17 +25,18 @@ ROW_BITS = (8, 6, 5, 4, 3, 2)
 class Choice:
     """One alternative for one target.
 
-    `edit` is the transform's name and arguments, None to keep; `row` the edited row, None where the layer
-    is gone or the target is no layer. `loss` is in the unit of the prediction. `cost` holds this target's
+    `edits` make it so, none to keep; `row` is the edited row, None where the layer is gone or the target is no
+    layer, and `before` the row as it was. `loss` is in the unit of the prediction. `cost` holds this target's
     share of bytes, parameters, layers, bits (per parameter of the original) and, with a clock, milliseconds.
     """
 
     target: Target
     label: str
-    edit: tuple[str, Mapping[str, Any]] | None
+    edits: tuple[Edit, ...]
     row: LayerSpec | None
     loss: float
     cost: Mapping[str, float]
+    before: LayerSpec | None = None
 
 
 Groups = list[list[Choice]]
@@ -57,6 +61,17 @@ def quantized(bits: int, *, tables: bool = True, **arguments: Any) -> Alternativ
     return Alternative(f"{bits} bits", "quantize", settings, measured, 4.0**-bits, tables)
 
 
+def mixed(labels: Sequence[str], method: str = "gptq") -> list[Alternative]:
+    """Each matrix by itself, and the tables, in any of the formats with these labels; see `Format.label`."""
+    found = []
+    for label in labels:
+        format = Format.parse(label)
+        settings = {"bits": format.bits, "group": format.group, "symmetric": format.symmetric, "method": method}
+        found.append(Alternative(label, "quantize", settings, f"output-error:{label}", 4.0**-format.bits,
+                                 tables=True, each=True))
+    return found
+
+
 def dropped(part: Literal["layer", "attention", "feed_forward"] = "layer") -> Alternative:
     """Take the layer away, or one half of it (which counts as half the distortion)."""
     if part == "layer":
@@ -65,7 +80,15 @@ def dropped(part: Literal["layer", "attention", "feed_forward"] = "layer") -> Al
 
 
 def defaults(scores: Scores, by: str | Sequence[str] | None = None) -> list[Alternative]:
-    """Keep and every bit width; dropping too where a column says what taking a layer away does."""
+    """Keep and every bit width; dropping too where a column says what taking a layer away does.
+
+    Where output errors and responses were measured, every matrix by itself in every format they know.
+    """
+    labels = [name.split(":", 2)[2] for name in scores.columns if name.startswith("output-error:")]
+    known = [label for label in dict.fromkeys(labels) if label != "probe"]
+    if by is None and known and any(name.startswith("response:") for name in scores.columns):
+        drops = [dropped(), dropped("attention"), dropped("feed_forward")]
+        return [keep(), *mixed(known), *(drop for drop in drops if tried_columns(scores, drop))]
     names = scores.columns if by is None else [by] if isinstance(by, str) else by
     parts = [dropped("attention"), dropped("feed_forward")]
     offered = [part for part in parts if by is None and tried_columns(scores, part)]
@@ -79,8 +102,12 @@ def make_choices(
     alternatives: Sequence[Alternative] | None = None,
     by: str | Sequence[str] | None = None,
     clock: Clock | None = None,
+    currencies: Sequence[str] = ("bytes",),
 ) -> tuple[Groups, Losses]:
     """The choices of every layer in order of depth, then of embedding and head, then the fixed rest.
+
+    Where matrices may differ within a layer, the combinations that matter under limits on `currencies` stand
+    beside the plain alternatives.
 
     An alternative is left out for a target it cannot be made for, does not change, or whose loss is not
     known there. The rest (final norm and the like) is a group of one, so that costs add up to the whole
@@ -89,23 +116,87 @@ def make_choices(
     alternatives = defaults(scores, by) if alternatives is None else alternatives
     losses = predict(scores, alternatives, by)
     spec = scores.spec
-    groups = [_row_choices(layer, alternatives, losses, spec, clock) for layer in range(len(spec.rows))]
+    groups = [_row_choices(layer, alternatives, losses, spec, clock, currencies) for layer in range(len(spec.rows))]
     groups += [_table_choices(target, alternatives, losses, spec, clock) for target in tables(spec)]
-    groups.append([Choice("rest", "keep", None, None, 0.0, rest_cost(spec, clock))])
+    groups.append([Choice("rest", "keep", (), None, 0.0, rest_cost(spec, clock))])
     return groups, losses
 
 
 def _row_choices(layer: int, alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec,
-                 clock: Clock | None) -> list[Choice]:
+                 clock: Clock | None, currencies: Sequence[str]) -> list[Choice]:
     row, choices = spec.rows[layer], []
+    separate = [alternative for alternative in alternatives if alternative.each] if losses.measured else []
     for alternative in alternatives:
+        if alternative in separate or (separate and alternative.transform is None):
+            continue  # among the mixtures
         try:
             edited = edited_row(row, spec.hidden, alternative.transform, alternative.arguments)
         except BadOption:
             continue
         if alternative.transform is None or edited != row:
-            choices.append(_choice(layer, alternative, edited, losses, row_cost(edited, spec, clock)))
+            choices.append(_choice(layer, alternative, edited, losses, row_cost(edited, spec, clock), row))
+    if separate:
+        choices += _mixtures(layer, alternatives, losses, spec, clock, currencies)
     return _known(choices, f"layer {layer}")
+
+
+def _mixtures(layer: int, alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec,
+              clock: Clock | None, currencies: Sequence[str]) -> list[Choice]:
+    """Every useful combination of one alternative per matrix, halves that are dropped included."""
+    row = spec.rows[layer]
+    matrices = row.matrices(spec.hidden)
+    halves = [[name for name in matrices if MATRICES[name] == part] for part in ("attention", "feed_forward")]
+    fronts = []
+    for half in filter(None, halves):
+        options = [_options(layer, matrix, alternatives, losses, spec, clock) for matrix in half]
+        whole = combined(options, currencies) if all(options) else []
+        dropping = [_option(layer, alternative, (), losses, spec, clock) for alternative in alternatives
+                    if alternative.arguments.get("part") == MATRICES[half[0]] and len(list(filter(None, halves))) == 2]
+        fronts.append(useful([*whole, *filter(None, dropping)], currencies))
+    if not fronts or not all(fronts):
+        return []
+    base = row_cost(row, spec, clock)
+    found = [option for option in combined(fronts, currencies)
+             if sum(edit.transform == "drop" for edit in option.edits) < 2]
+    return [_mixture(layer, row, option, base, spec.hidden) for option in found]
+
+
+def _mixture(layer: int, row: LayerSpec, option: Option, base: Cost, hidden: int) -> Choice:
+    edits = merged_edits(option.edits)
+    edited: LayerSpec | None = row
+    for edit in edits:
+        assert edited is not None
+        edited = edited_row(edited, hidden, edit.transform, edit.arguments)
+    label = option.label if option.label != "mixed" else "; ".join(map(str, edits))
+    cost = {name: value + option.cost[name] for name, value in base.items()}
+    return Choice(layer, label, edits, edited, option.loss, cost, row)
+
+
+def _options(layer: int, matrix: str, alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec,
+             clock: Clock | None) -> list[Option]:
+    found = [_option(layer, alternative, (matrix,), losses, spec, clock) for alternative in alternatives
+             if alternative.each or alternative.transform is None]
+    return [option for option in found if option is not None]
+
+
+def _option(layer: int, alternative: Alternative, matrices: tuple[str, ...], losses: Losses, spec: StackSpec,
+            clock: Clock | None) -> Option | None:
+    """The alternative for one matrix, or without `matrices` for what it names itself; None where it cannot be."""
+    row = spec.rows[layer]
+    before = row_cost(row, spec, clock)
+    if alternative.transform is None:
+        return Option("keep", (), 0.0, dict.fromkeys(before, 0.0))
+    loss = losses.of_matrix(alternative, layer, matrices[0]) if matrices else losses.of(alternative, layer)
+    if not math.isfinite(loss):
+        return None
+    arguments = {**alternative.arguments, **({"matrices": matrices} if matrices else {})}
+    try:
+        edited = edited_row(row, spec.hidden, alternative.transform, arguments)
+    except BadOption:
+        return None
+    after = row_cost(edited, spec, clock)
+    edit = Edit(layer, alternative.transform, arguments, loss)
+    return Option(alternative.label, (edit,), loss, {name: after[name] - before[name] for name in before})
 
 
 def _table_choices(target: str, alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec,
@@ -120,10 +211,11 @@ def _table_choices(target: str, alternatives: Sequence[Alternative], losses: Los
     return _known([kept, *choices], f"the {target}")
 
 
-def _choice(target: Target, alternative: Alternative, row: LayerSpec | None, losses: Losses,
-            cost: Cost) -> Choice:
-    edit = (alternative.transform, dict(alternative.arguments)) if alternative.transform else None
-    return Choice(target, alternative.label, edit, row, losses.of(alternative, target), cost)
+def _choice(target: Target, alternative: Alternative, row: LayerSpec | None, losses: Losses, cost: Cost,
+            before: LayerSpec | None = None) -> Choice:
+    loss = losses.of(alternative, target)
+    edit = alternative.transform and Edit(target, alternative.transform, dict(alternative.arguments), loss)
+    return Choice(target, alternative.label, (edit,) if edit else (), row, loss, cost, before)
 
 
 def _known(choices: list[Choice], what: str) -> list[Choice]:

@@ -24,6 +24,11 @@ DEPTH = frozenset({"block-influence", "leave-one-out"})
 """Columns that say what taking a whole layer away does."""
 
 
+INSTEAD = {"leave-one-out": "response:drop", "leave-one-out:attention": "response:drop attention",
+           "leave-one-out:feed_forward": "response:drop feed-forward"}
+"""Columns that measure the same as a divergence, which adds up with what other alternatives lose."""
+
+
 @dataclass(frozen=True)
 class Alternative:
     """One thing a layer could be: a transform with its arguments, or kept as it is (`transform` None).
@@ -38,6 +43,7 @@ class Alternative:
     measured: str | None = None
     distortion: float = 0.0
     tables: bool = False
+    each: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,15 @@ class Losses:
             loss = _measured(self.scores, alternative, target)
             return loss if math.isnan(loss) else max(loss, 0.0)
         return self._importance(target) * alternative.distortion
+
+    def of_matrix(self, alternative: Alternative, layer: int, matrix: str) -> float:
+        """The predicted loss of one matrix of `layer` alone; nan where it is not known."""
+        if alternative.transform is None:
+            return 0.0
+        if not self.measured or alternative.measured is None:
+            return math.nan
+        name, _, setting = alternative.measured.partition(":")
+        return _loss(self.scores, f"{name}:{matrix}:{setting}", layer)
 
     def floor(self, target: Target) -> float:
         """Losses up to this are no more than what rounding does; 0 where that was not measured."""
@@ -100,8 +115,9 @@ def tried_columns(scores: Scores, alternative: Alternative) -> list[str]:
     """The columns in which the loss of `alternative` was measured: for whole layers, else per matrix."""
     if alternative.measured is None:
         return []
-    if alternative.measured in scores:
-        return [alternative.measured]
+    for name in (INSTEAD.get(alternative.measured, ""), alternative.measured):
+        if name in scores:
+            return [name]
     return [name for name in _per_matrix(scores, alternative.measured).values() if name in scores]
 
 
@@ -124,16 +140,32 @@ def importance(column: Column, ratio: bool) -> list[float]:
 
 def _measured(scores: Scores, alternative: Alternative, target: Target) -> float:
     names = tried_columns(scores, alternative)
+    if isinstance(target, str) and alternative.each and alternative.measured is not None:
+        tried = f"response:{alternative.measured.partition(':')[2]}"
+        return _value(scores[tried], target) if tried in scores else math.nan
     if alternative.measured is None or not names:
         return math.nan
-    if names == [alternative.measured]:
+    if len(names) == 1 and names[0] in (alternative.measured, INSTEAD.get(alternative.measured)):
         return _value(scores[names[0]], target)
     if isinstance(target, str):
         return math.nan
     parts = _per_matrix(scores, alternative.measured)
     matrices = scores.spec.rows[target].matrices(scores.spec.hidden)
-    needed = [parts[matrix] for matrix in matrices]
-    return sum(_value(scores[name], target) if name in scores else math.nan for name in needed)
+    return sum(_loss(scores, parts[matrix], target) for matrix in matrices)
+
+
+def _loss(scores: Scores, column: str, layer: int) -> float:
+    """The loss of one matrix from a column that holds it, or from one of output errors; nan where it is not known."""
+    if column not in scores:
+        return math.nan
+    value = scores[column].values[layer]
+    name, matrix, _ = column.split(":", 2)
+    if name != "output-error":
+        return value
+    response, probe = f"response:{matrix}", f"output-error:{matrix}:probe"
+    if response not in scores or probe not in scores:
+        return math.nan
+    return scores[response].values[layer] * value / scores[probe].values[layer]
 
 
 def _value(column: Column, target: Target) -> float:

@@ -13,7 +13,7 @@ from layerwise.allocate.budget import Budget
 from layerwise.allocate.choices import Choice, make_choices
 from layerwise.allocate.cost import Clock, totals
 from layerwise.allocate.losses import Alternative, Losses
-from layerwise.allocate.plan import Edit, Plan
+from layerwise.allocate.plan import Plan
 from layerwise.allocate.solvers import SOLVERS
 from layerwise.allocate.solvers.base import Solver
 from layerwise.allocate.stopwatch import Stopwatch
@@ -41,8 +41,8 @@ def allocate(
     solver = SOLVERS[solver]() if isinstance(solver, str) else solver
     if budget.milliseconds is not None and clock is None:
         clock = Stopwatch(scores.spec)
-    groups, losses = make_choices(scores, alternatives, by, clock)
     limits = budget.limits(totals(scores.spec, clock))
+    groups, losses = make_choices(scores, alternatives, by, clock, tuple(limits))
     groups = [_useful(group, tuple(limits)) for group in groups]
     if solver.reads_losses:
         groups = [_worth_paying(group, losses.floor(group[0].target), tuple(limits)) for group in groups]
@@ -52,11 +52,11 @@ def allocate(
 
 def _useful(group: list[Choice], currencies: tuple[str, ...]) -> list[Choice]:
     """Without edits that save nothing in any limited currency."""
-    kept = [choice for choice in group if choice.edit is None]
+    kept = [choice for choice in group if not choice.edits]
     if not kept:
         return group
     return [choice for choice in group
-            if choice.edit is None or any(choice.cost[c] < kept[0].cost[c] for c in currencies)]
+            if not choice.edits or any(choice.cost[c] < kept[0].cost[c] for c in currencies)]
 
 
 def _worth_paying(group: list[Choice], floor: float, currencies: tuple[str, ...]) -> list[Choice]:
@@ -64,7 +64,7 @@ def _worth_paying(group: list[Choice], floor: float, currencies: tuple[str, ...]
 
     So a plan does not spend what is left of its budget on differences that nobody can measure.
     """
-    free = [choice for choice in group if choice.edit and choice.loss <= floor]
+    free = [choice for choice in group if choice.edits and choice.loss <= floor]
     return [choice for choice in group
             if not any(all(other.cost[c] < choice.cost[c] for c in currencies) for other in free)]
 
@@ -73,7 +73,7 @@ def _plan(scores: Scores, budget: Budget, limits: dict[str, float], solver: Solv
           picked: list[Choice]) -> Plan:
     return Plan(
         table=scores.spec.fingerprint(), layers=len(scores.spec.rows), model=scores.model,
-        edits=tuple(Edit(choice.target, *choice.edit, choice.loss) for choice in picked if choice.edit),
+        edits=tuple(edit for choice in picked for edit in choice.edits),
         budget=budget.given(), limits=limits, solver=solver.name, settings=_settings(solver), seed=seed,
         predicted=predicted(picked), loss_unit=losses.unit, columns=losses.columns,
         provenance=scores.provenance, versions=_versions())

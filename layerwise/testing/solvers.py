@@ -6,13 +6,15 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from layerwise.allocate.choices import Choice, Groups
+from layerwise.allocate.plan import Edit
 from layerwise.allocate.solvers.base import Solver
 from layerwise.errors import BadBudget, LayerwiseError
-from layerwise.spec import LayerSpec
+from layerwise.spec import FeedForward, LayerSpec
 
 ROW = LayerSpec(mixer=None, feed_forward=None)
 SHARES = {"keep": 1.0, "8 bits": 0.5, "4 bits": 0.3, "3 bits": 0.22, "drop": 0.0}
@@ -28,7 +30,7 @@ def problem(seed: int, layers: int = 6, alike: bool = True) -> Groups:
     sizes = [100] * layers if alike else [int(size) for size in generator.integers(40, 200, layers)]
     groups = [_group(target, size, SHARES, generator) for target, size in enumerate(sizes)]
     groups.append(_group("embedding", 150, {"keep": 1.0, "8 bits": 0.5}, generator))
-    return [*groups, [Choice("rest", "keep", None, None, 0.0, {"bytes": 7.0, "layers": 0.0})]]
+    return [*groups, [Choice("rest", "keep", (), None, 0.0, {"bytes": 7.0, "layers": 0.0})]]
 
 
 def _group(
@@ -38,8 +40,9 @@ def _group(
     choices = []
     for (label, share), loss in zip(shares.items(), np.cumsum(steps), strict=True):
         cost = {"bytes": float(round(size * share)), "layers": float(isinstance(target, int) and share > 0)}
-        edit = None if label == "keep" else ("edit", {"to": label})
-        choices.append(Choice(target, label, edit, ROW if cost["layers"] else None, float(loss), cost))
+        edits = () if label == "keep" else (Edit(target, "edit", {"to": label}, float(loss)),)
+        before = replace(ROW, feed_forward=FeedForward(size)) if isinstance(target, int) else None
+        choices.append(Choice(target, label, edits, before if cost["layers"] else None, float(loss), cost, before))
     return choices
 
 

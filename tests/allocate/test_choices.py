@@ -44,7 +44,8 @@ def test_what_was_not_measured_is_not_offered() -> None:
 def test_rows_and_costs_come_from_the_edit() -> None:
     groups, _ = make_choices(scores({"block-influence": [1, 2]}))
     four = next(choice for choice in groups[0] if choice.label == "4 bits")
-    assert four.edit == ("quantize", {"bits": 4, "group": 32, "symmetric": False})
+    (edit,) = four.edits
+    assert (edit.transform, edit.arguments) == ("quantize", {"bits": 4, "group": 32, "symmetric": False})
     assert four.row is not None
     assert set(four.row.formats.values()) == {Format(4, 32)}
     assert four.cost["bytes"] == four.row.bytes(64, "bfloat16")

@@ -103,7 +103,7 @@ class Problem:
         """A total rounded up, so that asking for what is printed succeeds; with its share of the original."""
         exact = f"{math.ceil(value - 1e-6):,} bytes" if currency == "bytes" else show(
             currency, math.ceil(value * 1e3 - 1e-6) / 1e3)
-        kept = [choice.cost[currency] for group in self.groups for choice in group if choice.edit is None]
+        kept = [choice.cost[currency] for group in self.groups for choice in group if not choice.edits]
         if len(kept) < len(self.groups) or not sum(kept):
             return exact
         return f"{exact} ({math.ceil(1e3 * value / sum(kept) - 1e-9) / 10:.1f}% of the original)"

@@ -1,43 +1,37 @@
-"""Control: the reference solver, told that the most important layer is the least important one.
+"""Control: the reference solver's choices, dealt out so that the layer that mattered most gets what the least got.
 
-For each alternative the layers exchange their predicted losses, the smallest against the largest. A plan
-no worse than this one does not owe its quality to the scores.
+A plan no worse than this one does not owe its quality to the scores. It has the size and the histogram of the
+reference; a layer matters as much as its cheapest choice is predicted to lose. A layer unlike all others keeps
+its choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from layerwise.allocate.choices import Choice, Groups
 from layerwise.allocate.solvers.base import Solver
 from layerwise.allocate.solvers.milp import Milp
+from layerwise.allocate.solvers.problem import Problem
+from layerwise.allocate.solvers.shuffled import equal_layers, moved
 
 
 @dataclass(frozen=True)
 class ReversedLosses(Solver):
-    """`reference` is the solver that is misled."""
+    """`reference` is the solver whose choices are dealt out."""
 
     name: ClassVar[str] = "reversed"
     reference: Solver = field(default_factory=Milp)
 
     def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
-        picked = self.reference.solve(_mirrored(groups), limits, seed)
-        return [next(choice for choice in group if choice.label == wrong.label)
-                for group, wrong in zip(groups, picked, strict=True)]
-
-
-def _mirrored(groups: Groups) -> Groups:
-    layers = [group for group in groups if isinstance(group[0].target, int)]
-    labels = dict.fromkeys(choice.label for group in layers for choice in group)
-    losses = {label: _exchanged(layers, label) for label in labels}
-    return [[replace(choice, loss=losses[choice.label].get(choice.target, choice.loss)) for choice in group]
-            if isinstance(group[0].target, int) else group for group in groups]
-
-
-def _exchanged(layers: Groups, label: str) -> dict[int | str, float]:
-    """Losses of `label` by layer, the smallest given to the layer that had the largest."""
-    found = [choice for group in layers for choice in group if choice.label == label]
-    ranked = sorted(found, key=lambda choice: choice.loss)
-    return {mine.target: theirs.loss for mine, theirs in zip(ranked, reversed(ranked), strict=True)}
+        picked = self.reference.solve(groups, limits, seed)
+        problem = Problem.of(groups, limits)
+        lost_G = [problem.loss_GC[g, c] for g, c in enumerate(problem.cheapest())]
+        for alike in equal_layers(picked):
+            ranked = sorted(alike, key=lambda g: (lost_G[g], g))
+            dealt = [picked[g] for g in reversed(ranked)]
+            for g, choice in zip(ranked, dealt, strict=True):
+                picked[g] = moved(choice, groups[g])
+        return picked

@@ -1,14 +1,13 @@
-"""Control: the reference solver's choices, dealt out at random among layers whose choices cost the same.
+"""Control: the reference solver's choices, dealt out at random among equal layers.
 
 The plan has the same size and the same histogram of choices as the reference, so what separates the two is
-only which layer got what. Layers whose costs are their own keep their choice.
+only which layer got what. A layer unlike all others keeps its choice.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -28,17 +27,26 @@ class Shuffled(Solver):
     def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         picked = self.reference.solve(groups, limits, seed)
         generator = np.random.default_rng(seed)
-        for alike in _alike(groups, limits):
-            labels = [picked[g].label for g in alike]
-            for g, place in zip(alike, generator.permutation(len(alike)), strict=True):
-                picked[g] = next(choice for choice in groups[g] if choice.label == labels[place])
+        for alike in equal_layers(picked):
+            dealt = [picked[g] for g in generator.permutation(alike)]
+            for g, choice in zip(alike, dealt, strict=True):
+                picked[g] = moved(choice, groups[g])
         return picked
 
 
-def _alike(groups: Groups, limits: Mapping[str, float]) -> list[list[int]]:
-    """Layers that offer the same labels at the same costs."""
-    kinds: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for g, group in enumerate(groups):
-        if isinstance(group[0].target, int):
-            kinds[tuple((c.label, *(c.cost[currency] for currency in limits)) for c in group)].append(g)
+def equal_layers(picked: Sequence[Choice]) -> list[list[int]]:
+    """The places of layers that were equal before, so that any of them can get what another got."""
+    kinds: dict[str, list[int]] = {}
+    for g, choice in enumerate(picked):
+        if isinstance(choice.target, int):
+            kinds.setdefault(repr(choice.before), []).append(g)
     return list(kinds.values())
+
+
+def moved(choice: Choice, group: Sequence[Choice]) -> Choice:
+    """The same choice for the layer of `group`; where that is not offered, with the loss of where it comes from."""
+    offered = [other for other in group if other.label == choice.label]
+    if offered:
+        return offered[0]
+    target = group[0].target
+    return replace(choice, target=target, edits=tuple(replace(edit, target=target) for edit in choice.edits))

@@ -46,7 +46,7 @@ def _plans(problem: Problem, label: str) -> list[Indices]:
     """The plan with `label` everywhere; for one that removes layers, with ever more layers removed."""
     layers = problem.layers()
     places_G = np.array([_place(problem, g, label) for g in range(len(problem.groups))], dtype=np.intp)
-    if any(c.edit and c.row is None for g in layers for c in [problem.groups[g][places_G[g]]]):
+    if any(c.edits and c.row is None for g in layers for c in [problem.groups[g][places_G[g]]]):
         return [_some(problem.best(), places_G, _spread(layers, count)) for count in range(1, len(layers))]
     return [places_G]
 

@@ -79,9 +79,12 @@ def test_reversed_drops_the_most_important_layers() -> None:
 
 
 def test_controls_lose_more_than_the_exact_plan() -> None:
+    reversed_total = exact_total = 0.0
     for seed in range(5):
         groups, limits = problem(seed, layers=10), {"bytes": 450.0}
         exact = loss(Milp().solve(groups, limits))
         for control in (Uniform(), RandomFill(), Shuffled(), ReversedLosses()):
             assert loss(control.solve(groups, limits, seed)) >= exact - 1e-6
-        assert loss(ReversedLosses().solve(groups, limits)) > 1.2 * exact
+        reversed_total += loss(ReversedLosses().solve(groups, limits))
+        exact_total += exact
+    assert reversed_total > 1.2 * exact_total

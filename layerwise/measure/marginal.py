@@ -1,0 +1,55 @@
+"""What each edit of a finished plan costs beside all the others: the divergence that undoing it alone would save.
+
+Losses measured one at a time add up only while they are small. In an edited model the same edit may cost more,
+because others have disturbed what it works on, or less, because the damage is done already. The marginal of a
+layer is KL(original || edited) - KL(original || edited with this layer as it was).
+Cost: layers^2 / 2 layer runs and one pass for each table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerwise.measure.ending import kl
+from layerwise.measure.inputs import Inputs
+from layerwise.measure.progress import Progress
+from layerwise.measure.sweep import Walk
+from layerwise.stack.decoder import DecoderStack
+
+TABLES = ("embedding", "head")
+
+
+@dataclass(frozen=True)
+class Marginals:
+    """`kl` of the edited model in nats per token, and what undoing each edit saves of it, by layer or table."""
+
+    kl: float
+    saved: dict[int | str, float]
+
+
+@torch.inference_mode()
+def marginals(before: DecoderStack, after: DecoderStack, kept: Sequence[int], data: Any, *,
+              tokens: int | None = 128, seed: int = 0, progress: bool = False) -> Marginals:
+    """Marginals of `after`, whose layers were the layers `kept` of `before`; of dropped layers none is known.
+
+    Output is compared at `tokens` positions of every row of `data` (None: all).
+    """
+    original = Walk(before, Inputs(before, data), [tokens], seed).originals[0]
+    walk = Walk(after, Inputs(after, data), [tokens], seed)
+    now = kl(original, walk.originals[0])
+    saved: dict[int | str, float] = {}
+    with Progress("undoing edits one by one", len(after), progress) as bar:
+        for layer, source in enumerate(kept):
+            if after.spec.rows[layer] != before.spec.rows[source]:
+                saved[source] = now - kl(original, walk.ending(0, before.block(source), layer))
+            walk.advance()
+            bar.step()
+    for table in TABLES:
+        if getattr(after.spec, f"{table}_format") != getattr(before.spec, f"{table}_format"):
+            restored = after.with_tables(after.spec, **{table: getattr(before.decoder, table)})
+            saved[table] = now - kl(original, walk.ending(0, restored, table))
+    return Marginals(now, saved)

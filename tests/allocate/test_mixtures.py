@@ -1,0 +1,114 @@
+"""Combinations of alternatives within a layer: nothing useful is lost, and edits come out in a legal order."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerwise.allocate.apply import apply
+from layerwise.allocate.budget import Budget
+from layerwise.allocate.choices import defaults, make_choices
+from layerwise.allocate.mixtures import Option, combined, front, merged_edits
+from layerwise.allocate.plan import Edit
+from layerwise.allocate.solve import allocate
+from layerwise.data.text import Source, TextData
+from layerwise.measure.engine import measure
+from layerwise.measure.output_error import OutputError
+from layerwise.measure.response import Response
+from layerwise.measure.scores import Scores
+from layerwise.testing.stacks import random_stack
+
+FORMATS = ("8/row=", "4/16", "3/16", "2/16")
+points = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=30)
+
+
+def option(label: str, loss: float, **cost: float) -> Option:
+    return Option(label, (Edit(0, label, {}, loss),), loss, cost)
+
+
+@given(points, st.integers(1, 2))
+def test_the_front_keeps_exactly_what_nothing_beats(pairs: list[tuple[int, int]], currencies: int) -> None:
+    loss_N = np.array([float(loss) for loss, _ in pairs])
+    cost_NK = np.array([[float(cost), float(20 - cost)][:currencies] for _, cost in pairs])
+    kept = front(loss_N, cost_NK)
+    for n in range(len(pairs)):
+        beaten = any(loss_N[m] <= loss_N[n] and (cost_NK[m] <= cost_NK[n]).all()
+                     and (loss_N[m] < loss_N[n] or (cost_NK[m] < cost_NK[n]).any()) for m in range(len(pairs)))
+        assert not (kept[n] and beaten)
+        if not beaten:  # itself, or one that equals it
+            equals = (loss_N == loss_N[n]) & (cost_NK == cost_NK[n]).all(1)
+            assert (kept & equals).any()
+
+
+group = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)
+
+
+@given(st.lists(group, min_size=1, max_size=3), st.integers(1, 30))
+def test_the_best_sum_under_a_limit_survives(parts: list[list[tuple[int, int]]], limit: int) -> None:
+    groups = [[option(f"{p}", loss, bytes=float(cost)) for p, (loss, cost) in enumerate(part)] for part in parts]
+    best = min((sum(o.loss for o in picked) for picked in itertools.product(*groups)
+                if sum(o.cost["bytes"] for o in picked) <= limit), default=math.inf)
+    found = min((o.loss for o in combined(groups, ["bytes"]) if o.cost["bytes"] <= limit), default=math.inf)
+    assert found == best
+
+
+def test_edits_that_differ_only_in_their_matrices_become_one_after_what_precedes_rounding() -> None:
+    edits = (Edit(3, "quantize", {"bits": 4, "matrices": ("q",)}, 0.1), Edit(3, "drop", {"part": "feed_forward"}, 0.5),
+             Edit(3, "quantize", {"bits": 4, "matrices": ("o",)}, 0.2))
+    drop, quantize = merged_edits(edits)
+    assert drop.transform == "drop"
+    assert quantize.arguments["matrices"] == ["q", "o"]
+    assert quantize.predicted_loss == pytest.approx(0.3)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Scores:
+    stack = random_stack()
+    tokens_NT = torch.randint(50, (4, 24), generator=torch.Generator().manual_seed(0))
+    return measure(stack, tokens_NT, [OutputError(FORMATS, "nearest"), Response(tables=FORMATS)],
+                   progress=False)
+
+
+def test_a_mixture_predicts_what_its_matrices_lose(measured: Scores) -> None:
+    groups, losses = make_choices(measured)
+    assert losses.unit == "nats/token"
+    uniform = next(choice for choice in groups[0] if choice.label == "4/16")
+    expected = sum(
+        measured[f"response:{m}"].values[0] * measured[f"output-error:{m}:4/16"].values[0]
+        / measured[f"output-error:{m}:probe"].values[0] for m in measured.spec.rows[0].matrices(measured.spec.hidden))
+    assert uniform.loss == pytest.approx(expected)
+    for choice in groups[0]:
+        assert choice.row is None or choice.cost["bytes"] == choice.row.bytes(measured.spec.hidden, measured.spec.dtype)
+
+
+def test_every_edit_of_a_mixed_plan_can_be_carried_out(measured: Scores) -> None:
+    stack = random_stack()
+    for share in (0.5, 0.3, 0.22):
+        plan = allocate(measured, Budget(bytes=share))
+        table = plan.edited(stack.spec)
+        assert table.bytes() <= share * stack.spec.bytes()
+        assert plan.predicted["bytes"] == table.bytes()
+        tokens_NT = torch.randint(50, (4, 24), generator=torch.Generator().manual_seed(1))
+        text = TextData(tokens_NT, "random", Source("random", "calibration", "", 96, (0, 1, 2, 3)))
+        assert apply(stack, plan, text).spec == table
+
+
+def test_a_mixture_beats_one_format_for_all(measured: Scores) -> None:
+    alternatives = defaults(measured)
+    for share in (0.5, 0.35):
+        mixed, uniform = (allocate(measured, Budget(bytes=share), solver=name, alternatives=alternatives)
+                          for name in ("milp", "uniform"))
+        assert mixed.predicted["loss"] <= uniform.predicted["loss"]
+
+
+def test_two_limits_hold_together(measured: Scores) -> None:
+    plan = allocate(measured, Budget(bytes=0.5, layers=3))
+    table = plan.edited(measured.spec)
+    assert table.bytes() <= 0.5 * measured.spec.bytes()
+    assert len(table.rows) <= 3
