@@ -1,15 +1,19 @@
 """How much skipping one layer changes what later layers write, and the prediction: source by target matrices.
 
-E[s, l] = |D_l - D'_l| / |D_l| with D_l what layer l adds to the residual stream and D'_l the same with
-layer s skipped. Source: arXiv 2505.13898 (effects on the present and on future tokens).
+    E[s, l] = |D_l - D'_l| / |D_l|
+
+with D_l what layer l adds to the residual stream and D'_l the same with layer s (or one half of it) skipped.
+`local` takes only what s wrote out of the input of l and leaves everything between as it was, so that E is what
+l reads from s directly. Source: arXiv 2505.13898 (effects on the present, on future tokens, and direct ones).
 
 Shapes: S skipped layer, L later layer, B rows, T tokens, C hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +21,7 @@ from torch import Tensor
 from layerwise.stack.base import Stack, State
 
 SMALLEST = 1e-6
+Part = Literal["layer", "attention", "feed_forward"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,17 @@ class Effects:
     mean_SL: Tensor
     output_S: Tensor
 
+    @property
+    def by_source_S(self) -> Tensor:
+        """Mean effect of each layer on those after it; nan for the last, which has none."""
+        count = len(self.layers_SL)
+        later_S = torch.arange(count - 1, -1, -1)
+        return self.layers_SL.sum(1) / torch.where(later_S > 0, later_S, torch.nan)
+
 
 @torch.inference_mode()
-def skip_effects(stack: Stack, tokens_BT: Tensor, skipped_BT: Tensor, seen_BT: Tensor) -> Effects:
+def skip_effects(stack: Stack, tokens_BT: Tensor, skipped_BT: Tensor, seen_BT: Tensor, *, part: Part = "layer",
+                 local: bool = False) -> Effects:
     """Skip each layer in turn at the positions of `skipped_BT` and look at those of `seen_BT`, both bool.
 
     For the effect on present tokens both are all positions but the first; for the effect on the future,
@@ -45,14 +58,15 @@ def skip_effects(stack: Stack, tokens_BT: Tensor, skipped_BT: Tensor, seen_BT: T
     clean_PV = _prediction(stack, states[-1], seen_BT)
     largest, mean, output = torch.zeros(count, count), torch.zeros(count, count), torch.zeros(count)
     for skipped in range(count):
-        before, after = states[skipped], states[skipped + 1]
-        state = after.moved(torch.where(skipped_BT[..., None], before.hidden, after.hidden), after.layer)
-        for changed in _walk(stack, state):
-            layer = changed.layer - 1
-            effect_P = _relative(added[layer], changed.hidden - state.hidden)[seen_BT]
+        wrote_BTC = states[skipped + 1].hidden - _without(stack, states[skipped], part)
+        wrote_BTC = torch.where(skipped_BT.to(wrote_BTC.device)[..., None], wrote_BTC, 0)
+        entering = _removed(states[skipped + 1], wrote_BTC)
+        for layer in range(skipped + 1, count):
+            leaving = stack.run(entering, slice(layer, layer + 1))
+            effect_P = _relative(added[layer], leaving.hidden - entering.hidden)[seen_BT]
             largest[skipped, layer], mean[skipped, layer] = effect_P.max(), effect_P.mean()
-            state = changed
-        output[skipped] = (clean_PV - _prediction(stack, state, seen_BT)).norm(dim=-1).max()
+            entering = _removed(states[layer + 1], wrote_BTC) if local else leaving
+        output[skipped] = (clean_PV - _prediction(stack, entering, seen_BT)).norm(dim=-1).max()
     return Effects(largest, mean, output)
 
 
@@ -74,11 +88,30 @@ def depth_score(effect_S: Tensor) -> float:
     return float((torch.arange(len(effect_S)) * effect_S).sum() / effect_S.sum())
 
 
+def halves(by_depth: Sequence[float], first: int = 1) -> dict[str, float]:
+    """Mean over the first and the second half of the depth; what comes before `first` is left out, and nan."""
+    middle = len(by_depth) // 2
+    parts = {"first half": by_depth[first:middle], "second half": by_depth[middle:]}
+    return {name: round(float(torch.tensor(values).nanmean()), 4) for name, values in parts.items()}
+
+
 def _walk(stack: Stack, state: State) -> Iterator[State]:
     """The state after every remaining layer."""
     while state.layer < len(stack):
         state = stack.run(state, slice(state.layer, state.layer + 1))
         yield state
+
+
+def _without(stack: Stack, entering: State, part: Part) -> Tensor:
+    """What leaves the layer when it, or one half of it, writes nothing, [B, T, C]."""
+    if part == "layer":
+        return entering.hidden
+    with stack.zero(entering.layer, part):
+        return stack.run(entering, slice(entering.layer, entering.layer + 1)).hidden
+
+
+def _removed(state: State, wrote_BTC: Tensor) -> State:
+    return state.moved(state.hidden - wrote_BTC, state.layer)
 
 
 def _relative(clean_BTC: Tensor, changed_BTC: Tensor) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from layerwise.data.text import TextData, Tokenizer, text_blocks
+import torch
+
+from layerwise.data.text import TextData, Tokenizer, encoder, frame, text_blocks
+from layerwise.measure.answers import Answered
 
 
 def prose(tokenizer: Tokenizer, blocks: int, length: int, seed: int) -> TextData:
@@ -22,6 +25,19 @@ def sums(tokenizer: Tokenizer, digits: int, prompts: int, seed: int, *, length: 
     texts = ["\n".join(_sum(draw, digits) for _ in range(length)) for _ in range(prompts)]
     data = TextData.from_prompts(texts, tokenizer, name=f"sums of {digits} digits")
     return replace(data, tokens_NT=data.tokens_NT[:, :length], mask_NT=None)
+
+
+def asked_sums(tokenizer: Tokenizer, digits: int, prompts: int, seed: int, *, shown: int = 2) -> list[Answered]:
+    """Additions after `shown` worked ones, with their answer: the text, and which of its tokens are the answer."""
+    draw, encode = random.Random(seed * 100 + digits), encoder(tokenizer)
+    _, after = frame(encode)
+    found = []
+    for _ in range(prompts):
+        text = "\n".join(_sum(draw, digits) for _ in range(shown + 1))
+        asked = text[: text.rindex("=") + 1]
+        ids, question = (encode(part)[: len(encode(part)) - len(after)] for part in (text, asked))
+        found.append(Answered(torch.tensor(ids), tuple(range(len(question), len(ids)))))
+    return found
 
 
 def _sum(draw: random.Random, digits: int) -> str:

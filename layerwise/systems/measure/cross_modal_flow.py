@@ -39,8 +39,8 @@ DIRECT = (
     "at the picture itself, so little has to pass through the question"
 )
 COPIED = (
-    "The answer is copied, which the last position can do itself (facts -> last); what kind of answer is wanted reaches "
-    "it in the first layers already, which pulls the mean depth of question -> last forward"
+    "The answer is copied, which the last position can do itself (facts -> last); what kind of answer is wanted "
+    "reaches it in the first layers already, which pulls the mean depth of question -> last forward"
 )
 Groups = Mapping[str, tuple[Tensor, Tensor]]
 Curves = dict[str, list[float]]

@@ -11,7 +11,7 @@ from layerwise.testing import check_system
 @pytest.mark.slow
 def test_it_runs(small: DecoderStack) -> None:
     checks = {check.name: check for check in check_system("depth-efficiency")}
-    assert len(checks) == 4
+    assert len(checks) == 5
 
 
 @pytest.mark.real
