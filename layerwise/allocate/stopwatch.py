@@ -1,24 +1,31 @@
-"""A clock that measures: milliseconds to decode one token, row by row, on this machine.
+"""A clock that measures: milliseconds of one pass over a few tokens, part by part, on this machine.
 
-A layer is built from its row with arbitrary weights, since time does not depend on their values. Several
-copies run one after the other, so that weights come from memory, as they do in a whole model, and not from
-a cache that a single layer would fit into.
+A layer's time is that of its matrices and of the rest (norms, attention over the past, activations), each
+measured once per shape and format with arbitrary weights, since time does not depend on their values. Several
+copies run one after the other, so that weights come from memory, as they do in a whole model, and not from a
+cache that a single matrix would fit into. What was measured is kept for this machine and these versions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.errors import BadBudget
+from layerwise.io import atomic
+from layerwise.io.places import cache_folder
 from layerwise.measure.timing import median_seconds
 from layerwise.nets.decoder import Block, Decoder
+from layerwise.nets.factored import build_linear
 from layerwise.nets.flow import Flow, LayerCache
-from layerwise.spec import Attention, LayerSpec, Opaque, StackSpec
+from layerwise.spec import Attention, Format, LayerSpec, Opaque, StackSpec
 
 MOST_COPIES = 24
 
@@ -26,75 +33,140 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Stopwatch:
-    """Times rows of `spec` for one stream, after `past` tokens; the median of `repeats` after a warm-up.
+    """Times parts of `spec` for one stream of `tokens` new tokens after `past` others: 1 decodes, more prefill.
 
-    Every distinct row is measured once. Copies of a layer add up to `cold_bytes`, or are 24. Raises
-    BadBudget for a model whose layers layerwise did not build.
+    The median of `repeats` after a warm-up. Copies of a part add up to `cold_bytes`, or are 24. Times are kept
+    in `folder` (the cache folder by default, None for nowhere). Raises BadBudget for a model whose layers
+    layerwise did not build.
     """
 
-    def __init__(self, spec: StackSpec, past: int = 128, repeats: int = 9, cold_bytes: float = 48e6) -> None:
+    def __init__(self, spec: StackSpec, tokens: int = 1, past: int = 128, repeats: int = 9, cold_bytes: float = 48e6,
+                 folder: Path | str | None = "default") -> None:
         if spec.outside or any(isinstance(row.mixer, Opaque) for row in spec.rows):
             raise BadBudget("a limit on milliseconds for a module that layerwise did not build",
                             expected="a decoder language model", do="limit bytes, parameters or layers")
-        self.spec, self.repeats, self.cold_bytes = spec, repeats, cold_bytes
-        self.past = max(1, min(past, spec.context - repeats - 1))
+        self.spec, self.tokens, self.repeats, self.cold_bytes = spec, tokens, repeats, cold_bytes
+        self.past = max(1, min(past, spec.context - tokens * (repeats + 1)))
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._known: dict[str, float] = {}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        place = cache_folder() / "clock" if folder == "default" else folder
+        self._file = None if place is None else Path(place) / f"{self._fingerprint()}.json"
+        self._known: dict[str, float] = _read(self._file)
 
     def row(self, row: LayerSpec) -> float:
         """Milliseconds of one layer."""
-        return self._once(repr(row), lambda: self._time_row(row))
+        shapes = replace(row, formats={}, ranks={}).matrices(self.spec.hidden)
+        times = [self._matrix(*shape, row.formats.get(name), row.ranks.get(name)) for name, shape in shapes.items()]
+        return sum(times) + self._rest(replace(row, formats={}, ranks={}))
 
     def outside(self, spec: StackSpec) -> float:
         """Milliseconds of embedding, final norm and head, stored as in `spec`."""
         bare = replace(spec, rows=())
-        return self._once(repr(bare), lambda: self._time_outside(bare))
+        formats = [packed.label if packed else "dense" for packed in (spec.embedding_format, spec.head_format)]
+        key = f"outside {spec.vocabulary}x{spec.hidden} {spec.tied} {' '.join(formats)}"
+        return self._once(key, lambda: self._time_outside(bare))
+
+    def _matrix(self, outputs: int, inputs: int, format: Format | None, rank: int | None) -> float:
+        key = f"matrix {outputs}x{inputs} {format.label if format else 'dense'} {rank or ''}".strip()
+        size = outputs * inputs * (format.bits / 8 if format else self.dtype.itemsize)
+
+        def time() -> float:
+            modules = self._copies(size, lambda: build_linear(outputs, inputs, False, format, rank))
+            x_TI = torch.ones(self.tokens, inputs, dtype=self.dtype, device=self.device)
+            return self._median(lambda: _each(modules, x_TI)) / len(modules)
+
+        return self._once(key, time)
+
+    def _rest(self, row: LayerSpec) -> float:
+        return self._once(f"rest {self.spec.hidden} {row!r}", lambda: self._time_rest(row))
 
     def _once(self, key: str, measure: Callable[[], float]) -> float:
         if key not in self._known:
-            self._known[key] = measure()
+            with torch.inference_mode():
+                self._known[key] = measure()
+            if self._file is not None:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                atomic.write_text(self._file, json.dumps(self._known, indent=1))
         return self._known[key]
 
-    def _time_row(self, row: LayerSpec) -> float:
-        size = row.bytes(self.spec.hidden, self.spec.dtype)
-        copies = int(min(MOST_COPIES, 1 + self.cold_bytes // max(size, 1)))
-        blocks = [_filled(lambda: Block(row, self.spec.hidden), self.dtype) for _ in range(copies)]
-        caches = {layer: self._cache(row) for layer in range(copies)}
-        steps = iter(range(self.past, self.spec.context))
+    def _time_rest(self, row: LayerSpec) -> float:
+        blocks = self._copies(1, lambda: _without_matrices(Block(row, self.spec.hidden)))
+        caches = {layer: self._cache(row) for layer in range(len(blocks))}
+        starts = iter(range(self.past, self.spec.context + self.tokens, self.tokens))
 
         def run() -> None:
-            past = next(steps)
-            flow = Flow(torch.tensor([[past]]), caches=caches, past=past, dtype=self.dtype)
-            x_11C = torch.ones(1, 1, self.spec.hidden, dtype=self.dtype)
+            past = next(starts)
+            positions_1T = torch.arange(past, past + self.tokens, device=self.device)[None]
+            flow = Flow(positions_1T, caches=caches, past=past, dtype=self.dtype)
+            x_1TC = torch.ones(1, self.tokens, self.spec.hidden, dtype=self.dtype, device=self.device)
             for layer, block in enumerate(blocks):
-                x_11C = block(x_11C, flow, layer)
+                x_1TC = block(x_1TC, flow, layer)
 
-        with torch.inference_mode():
-            return self._median(run) / copies
+        return self._median(run) / len(blocks)
 
     def _cache(self, row: LayerSpec) -> LayerCache:
         cache = LayerCache()
         if isinstance(row.mixer, Attention):
             shape = 1, row.mixer.kv_heads, self.past, row.mixer.head_dim
-            cache.append(torch.ones(shape, dtype=self.dtype), torch.ones(shape, dtype=self.dtype))
+            ones = torch.ones(shape, dtype=self.dtype, device=self.device)
+            cache.append(ones, ones)
         return cache
 
     def _time_outside(self, bare: StackSpec) -> float:
-        decoder = _filled(lambda: Decoder(bare), self.dtype)
-        token_11 = torch.zeros(1, 1, dtype=torch.long)
-        flow = Flow(torch.zeros(1, 1, dtype=torch.long), dtype=self.dtype)
-        with torch.inference_mode():
-            return self._median(lambda: decoder(token_11, flow))
+        decoder = self._filled(lambda: Decoder(bare))
+        token_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        flow = Flow(torch.zeros(1, 1, dtype=torch.long, device=self.device), dtype=self.dtype)
+        return self._median(lambda: decoder(token_11, flow))
+
+    def _copies(self, size: float, build: Callable[[], M]) -> list[M]:
+        count = int(min(MOST_COPIES, 1 + self.cold_bytes // max(size, 1)))
+        return [self._filled(build) for _ in range(count)]
+
+    def _filled(self, build: Callable[[], M]) -> M:
+        """A module with small constant weights, built without its costly random start."""
+        with torch.device("meta"):
+            module = build().to(self.dtype)
+        module = module.to_empty(device=self.device).eval()
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.detach().fill_(0.01 if tensor.is_floating_point() else 0)
+        return module
 
     def _median(self, call: Callable[[], object]) -> float:
-        return 1e3 * median_seconds(call, self.repeats)
+        return 1e3 * median_seconds(call, self.repeats, self.device)
+
+    def _fingerprint(self) -> str:
+        from layerwise.measure.hardware import processor
+
+        accelerator = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+        where = processor(), accelerator, torch.get_num_threads(), torch.__version__, self.spec.dtype
+        return hashlib.sha256(repr((*where, self.tokens, self.past, self.cold_bytes)).encode()).hexdigest()[:16]
 
 
-def _filled(build: Callable[[], M], dtype: torch.dtype) -> M:
-    """A module of `dtype` with small constant weights, built without its costly random start."""
-    with torch.device("meta"):
-        module = build().to(dtype)
-    module = module.to_empty(device="cpu").eval()
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.detach().fill_(0.01 if tensor.is_floating_point() else 0)
-    return module
+class _Nothing(nn.Module):
+    """Stands for a matrix whose time is counted elsewhere: an output of the right shape, at no cost."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(1, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        zero: Tensor = self.zero  # type: ignore[assignment]
+        return zero.repeat(*x.shape[:-1], 1)
+
+
+def _without_matrices(block: Block) -> Block:
+    return block.with_matrices({name: _Nothing(matrix.out_features) for name, matrix in block.matrices().items()})
+
+
+def _each(modules: Sequence[nn.Module], x: Tensor) -> None:
+    for module in modules:
+        module(x)
+
+
+def _read(file: Path | None) -> dict[str, float]:
+    """Times measured before; none where there is no file or it is damaged, since they can be measured again."""
+    try:
+        found = json.loads(file.read_text()) if file else {}
+        return {str(key): float(value) for key, value in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}

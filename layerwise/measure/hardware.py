@@ -6,9 +6,11 @@ max(F / peak, B / bandwidth). Where F / B is below peak / bandwidth, memory is t
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -74,3 +76,13 @@ def _best(work: Callable[[], object], device: str) -> float:
     run = waiting(work, torch.device(device))
     clock = busy_clock()
     return min(interleaved({"": run}, 1, clock=clock)[""] for _ in range(5))
+
+
+def processor() -> str:
+    """The processor's name, or its architecture where the system does not say."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
