@@ -87,7 +87,7 @@ def generate(
         )
     if max_tokens < 1:
         raise BadOption(f"max_tokens={max_tokens}", expected="1 or more", do="ask for at least one token")
-    ids = _prompt_ids(stack, prompt)
+    ids = prompt_ids(stack, prompt)
     if stop is None:
         end = stack.tokenizer.eos if stack.tokenizer else None
         stop = () if end is None else (end,)
@@ -122,7 +122,8 @@ def next_logits(
     return stack.finish(state.moved(state.hidden[:, -1:], state.layer))[:, -1]
 
 
-def _prompt_ids(stack: DecoderStack, prompt: str | Sequence[int]) -> list[int]:
+def prompt_ids(stack: DecoderStack, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids of a prompt. Raises BadData where it is empty, too long, or text without a tokenizer."""
     if isinstance(prompt, str):
         if stack.tokenizer is None:
             raise BadData(

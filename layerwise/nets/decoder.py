@@ -91,7 +91,9 @@ class Block(nn.Module):
     def with_mixer(self, mixer: AttentionSpec) -> Block:
         """A copy that shares everything, its attention described by `mixer`."""
         block = self.with_matrices({"q": self.matrix("q")})
-        block.branch("q").body.spec = mixer
+        body = block.branch("q").body
+        assert isinstance(body, Attention)
+        body.spec = mixer
         return block
 
     def without(self, part: Part) -> Block:

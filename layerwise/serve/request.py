@@ -46,6 +46,11 @@ class Grammar(Protocol):
         """Take note of a token; True where nothing may follow, which ends the request with `stop`."""
 
 
+def _check(name: str, value: object, good: bool, expected: str) -> None:
+    if not good:
+        raise BadOption(f"{name}={value!r}", expected=expected, do="change it or leave it out")
+
+
 @dataclass(frozen=True)
 class Params:
     """How a request is continued. Raises BadOption for a value outside its range.
@@ -169,8 +174,3 @@ class Completion:
             "".join(event.text for event in events), last.finish, last.usage,
             tuple(item for event in events for item in event.logprobs),
             tuple(item for event in events for item in event.prompt_logprobs))
-
-
-def _check(name: str, value: object, good: bool, expected: str) -> None:
-    if not good:
-        raise BadOption(f"{name}={value!r}", expected=expected, do="change it or leave it out")

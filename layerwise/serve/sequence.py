@@ -86,7 +86,7 @@ class Sequence:
         return self.request.priority - self.waited // patience, self.arrival
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """Some consecutive tokens of a sequence in one step: from position `start`; logits are wanted of the last `wanted`.
 

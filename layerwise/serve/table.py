@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from layerwise.errors import BadModel, BadOption
@@ -78,40 +78,37 @@ def layer_table(spec: StackSpec, *, precision: Precision | Mapping[int, Precisio
     for layer in (*budgets, *skip):
         if not 0 <= layer < depth:
             raise BadOption(f"layer {layer}", expected=f"a layer within 0..{depth - 1}", do="count layers from 0")
-    entries = []
-    for layer in range(depth):
-        kept = _kept(spec, layer, budgets.get(layer), scorer)
-        own = precision if isinstance(precision, str) else precision.get(layer, "model")
-        entries.append({**kept, "precision": own, "skipped": layer in skip})
+    entries = [replace(_kept(spec, layer, budgets.get(layer), scorer), skipped=layer in skip,
+                       precision=precision if isinstance(precision, str) else precision.get(layer, "model"))
+               for layer in range(depth)]
     keys = _group_keys(entries)
-    groups = tuple(_group(spec, entries, layers) for layers in keys)
     place = {layer: index for index, layers in enumerate(keys) for layer in layers}
-    for entry in entries:
-        if entry["source"] is not None:
-            entry["skipped"] = entry["skipped"] or entries[entry["source"]]["skipped"]
-    table = tuple(LayerCache(**entry, group=place.get(layer if entry["source"] is None else entry["source"]))
+    table = tuple(replace(entry, group=place.get(layer if entry.source is None else entry.source))
                   for layer, entry in enumerate(entries))
-    return LayerTable(table, groups)
+    for layer, entry in enumerate(table):
+        if entry.source is not None and table[entry.source].skipped and not entry.skipped:
+            raise BadOption(f"skipping layer {entry.source}, whose keys layer {layer} reads",
+                            expected="a layer whose keys no running layer needs", do=f"skip layer {layer} as well")
+    return LayerTable(table, tuple(_group(spec, entries, layers) for layers in keys))
 
 
-def _kept(spec: StackSpec, layer: int, budget: int | None, scorer: Scorer) -> dict[str, object]:
+def _kept(spec: StackSpec, layer: int, budget: int | None, scorer: Scorer) -> LayerCache:
     mixer = spec.rows[layer].mixer
     if isinstance(mixer, Opaque):
         raise BadModel(f"layer {layer}, {mixer.type}", expected="a decoder language model of a known family",
                        do="open its Hugging Face folder instead of the module")
-    entry: dict[str, object] = {"tokens": None, "source": None, "scorer": "recent"}
     if budget is not None and (mixer is None or mixer.shares is not None or mixer.window is not None or budget < 1):
         raise BadOption(f"a budget of {budget} tokens for layer {layer}",
                         expected="1 or more, for a layer that keeps all tokens in a cache of its own",
                         do="leave this layer out")
     if mixer is None:
-        return entry | {"kind": "none"}
+        return LayerCache("none")
     if mixer.shares is not None:
-        return entry | {"kind": "shared", "source": mixer.shares}
-    window = _needed(spec, layer)
+        return LayerCache("shared", source=mixer.shares)
     if budget is not None:
-        return entry | {"kind": "budget", "tokens": budget, "scorer": scorer}
-    return entry | {"kind": "full" if window is None else "window", "tokens": window}
+        return LayerCache("budget", budget, scorer=scorer)
+    window = _needed(spec, layer)
+    return LayerCache("full" if window is None else "window", window)
 
 
 def _needed(spec: StackSpec, layer: int) -> int | None:
@@ -123,21 +120,21 @@ def _needed(spec: StackSpec, layer: int) -> int | None:
     return None if None in windows else max(window for window in windows if window is not None)
 
 
-def _group_keys(entries: list[dict[str, object]]) -> list[tuple[int, ...]]:
+def _group_keys(entries: list[LayerCache]) -> list[tuple[int, ...]]:
     """The layers of each group: one group for all full layers, one for each window, one for each budgeted layer."""
     groups: dict[object, list[int]] = {}
     for layer, entry in enumerate(entries):
-        if entry["kind"] in ("full", "window"):
-            groups.setdefault(entry["tokens"], []).append(layer)
-        elif entry["kind"] == "budget":
+        if entry.kind in ("full", "window"):
+            groups.setdefault(entry.tokens, []).append(layer)
+        elif entry.kind == "budget":
             groups.setdefault(("budget", layer), []).append(layer)
     return [tuple(layers) for layers in groups.values()]
 
 
-def _group(spec: StackSpec, entries: list[dict[str, object]], layers: tuple[int, ...]) -> Group:
+def _group(spec: StackSpec, entries: list[LayerCache], layers: tuple[int, ...]) -> Group:
     first = entries[layers[0]]
-    size = sum(_token_bytes(spec, layer, entries[layer]["precision"] == "int8") for layer in layers)
-    return Group(first["kind"], first["tokens"], layers, size, first["scorer"])  # type: ignore[arg-type]
+    size = sum(_token_bytes(spec, layer, entries[layer].precision == "int8") for layer in layers)
+    return Group(first.kind, first.tokens, layers, size, first.scorer)
 
 
 def _token_bytes(spec: StackSpec, layer: int, int8: bool) -> int:

@@ -1,0 +1,74 @@
+"""Guesses of what comes next, to be verified in one pass: from the text itself, from some layers, or a second model.
+
+A guess costs nothing but time: a token is kept only where it is the one the model draws at that place, so what a
+request gets is the same with any drafter (`accepted`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Many
+
+from layerwise.serve.sequence import Row, Sequence
+
+
+def accepted(drafts: Many[int], drawn: Many[int]) -> int:
+    """How many guesses are what was drawn in their places; `drawn` has one token more, which comes after them."""
+    count = 0
+    while count < len(drafts) and drafts[count] == drawn[count]:
+        count += 1
+    return count
+
+
+class Drafter(ABC):
+    """Fills the `drafts` of rows that have room for them; `most` is how many it ever makes for a row."""
+
+    most: int
+
+    @abstractmethod
+    def draft(self, rows: Many[Row]) -> None:
+        """Guess the tokens after each row's last; called before the rows run, also for rows without room."""
+
+    @abstractmethod
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence has ended, or has lost its cache."""
+
+
+class Lookup(Drafter):
+    """Prompt lookup: what followed the last `longest` to `shortest` tokens when they came before."""
+
+    def __init__(self, most: int = 8, longest: int = 4, shortest: int = 2) -> None:
+        self.most, self.longest, self.shortest = most, longest, shortest
+        self._seen: dict[Sequence, _Seen] = {}
+
+    def draft(self, rows: Many[Row]) -> None:
+        for row in rows:
+            if row.room:
+                seen = self._seen.setdefault(row.sequence, _Seen(self.shortest, self.longest))
+                row.drafts = seen.after(row.sequence.tokens, row.room)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._seen.pop(sequence, None)
+
+
+class _Seen:
+    """Where every run of some lengths was last seen in one sequence."""
+
+    def __init__(self, shortest: int, longest: int) -> None:
+        self.sizes = range(longest, shortest - 1, -1)
+        self.places: dict[tuple[int, ...], int] = {}
+        self.known = 0
+
+    def after(self, tokens: list[int], count: int) -> list[int]:
+        """`count` tokens that followed the longest known run that the tokens end with; over again where they end."""
+        for end in range(self.known, len(tokens)):
+            for size in self.sizes:
+                if end >= size:
+                    self.places[tuple(tokens[end - size : end])] = end
+        self.known = len(tokens)
+        for size in self.sizes:
+            place = self.places.get(tuple(tokens[-size:])) if len(tokens) > size else None
+            if place is not None:
+                follow = tokens[place : place + count]
+                return (follow * -(-count // len(follow)))[:count]
+        return []

@@ -1,0 +1,183 @@
+"""Attention of one pass over many sequences whose keys lie in blocks.
+
+The tokens of all rows are packed into one sequence of N for the matrices. For attention, rows with about as many new
+tokens form a bucket; a bucket gathers the blocks of its rows and attends to them at once.
+
+Shapes: N packed tokens, R rows of a bucket, T new tokens of its longest row, M blocks of its longest table,
+S slots, H query heads, K key heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from layerwise.nets.flow import Flow
+from layerwise.nets.softmax import softmax_attention
+from layerwise.serve.pool import Pair, Pool
+from layerwise.serve.sequence import Row
+from layerwise.serve.table import LayerTable
+from layerwise.spec import Attention
+
+
+@dataclass
+class Bucket:
+    """Rows whose tokens are the packed tokens `tokens`; row r has `sizes[r]` of them, the longest `longest`."""
+
+    rows: list[Row]
+    tokens: slice
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [row.size for row in self.rows]
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.sizes)
+
+    @cached_property
+    def padded(self) -> Tensor | None:
+        """Which of R x T places are tokens, bool; None where all are."""
+        if min(self.sizes) == self.longest:
+            return None
+        return torch.arange(self.longest) < torch.tensor(self.sizes)[:, None]
+
+    def spread(self, x_nHD: Tensor) -> Tensor:
+        """The bucket's tokens as [R, H, T, D], places without a token zero."""
+        if self.padded is None:
+            return x_nHD.view(len(self.rows), self.longest, *x_nHD.shape[1:]).transpose(1, 2)
+        x_RTHD = x_nHD.new_zeros(*self.padded.shape, *x_nHD.shape[1:])
+        x_RTHD[self.padded] = x_nHD
+        return x_RTHD.transpose(1, 2)
+
+    def packed(self, x_RHTD: Tensor) -> Tensor:
+        """The inverse of `spread`, [n, H, D]."""
+        x_RTHD = x_RHTD.transpose(1, 2)
+        return x_RTHD.reshape(-1, *x_RTHD.shape[2:]) if self.padded is None else x_RTHD[self.padded]
+
+
+class View:
+    """Where the rows of a bucket have their keys in one group, and which of them their tokens see."""
+
+    def __init__(self, bucket: Bucket, group: int, block: int) -> None:
+        self.bucket, self.block = bucket, block
+        self.tables = [row.sequence.tables[group] for row in bucket.rows]
+        self.starts = [row.start - table.shift for row, table in zip(bucket.rows, self.tables, strict=True)]
+        self.fresh = len(self.tables) == 1 and self.starts[0] == 0
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def slots(self) -> list[int]:
+        """The slot of every new token in the pool."""
+        block, found = self.block, []
+        for start, size, table in zip(self.starts, self.bucket.sizes, self.tables, strict=True):
+            blocks, first = table.blocks, table.first
+            found += [blocks[slot // block - first] * block + slot % block for slot in range(start, start + size)]
+        return found
+
+    @cached_property
+    def span(self) -> tuple[int, int] | None:
+        """Where a single row's slots are consecutive, the first and the one after the last."""
+        if len(self.tables) > 1 or not self.tables[0].contiguous():
+            return None
+        table = self.tables[0]
+        first = table.blocks[0] * self.block
+        return first, first + self.starts[0] + self.bucket.longest - table.first * self.block
+
+    @cached_property
+    def blocks_RM(self) -> Tensor:
+        """Block tables, filled up with block 0; only blocks that hold a token or will."""
+        used = [table.blocks[: -(-(start + size) // self.block) - table.first]
+                for start, size, table in zip(self.starts, self.bucket.sizes, self.tables, strict=True)]
+        longest = max(map(len, used))
+        return torch.tensor([blocks + [0] * (longest - len(blocks)) for blocks in used])
+
+    def mask(self, window: int | None, slots: int) -> Tensor | None:
+        """Which of the gathered slots each token sees, bool [R, 1, T, S]; None where causal order says it all."""
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window, slots)
+        return self._masks[window]
+
+    def _build_mask(self, window: int | None, slots: int) -> Tensor | None:
+        first_R = torch.tensor([table.first * self.block for table in self.tables])
+        start_R = torch.tensor(self.starts)
+        if len(self.tables) == 1 and self.span is not None:
+            past = self.starts[0] - self.tables[0].first * self.block
+            narrow = window is not None and window < slots
+            if not narrow and (past == 0 or self.bucket.longest == 1):
+                return None
+        slot_RS = first_R[:, None] + torch.arange(slots)
+        query_RT1 = (start_R[:, None] + torch.arange(self.bucket.longest))[..., None]
+        seen_RTS = slot_RS[:, None] <= query_RT1
+        if window is not None:
+            seen_RTS &= slot_RS[:, None] > query_RT1 - window
+        return seen_RTS[:, None]
+
+
+@dataclass
+class PagedFlow(Flow):
+    """A flow over packed rows; keys and values go to and come from `pools`, by layer.
+
+    `watched` layers leave the queries of the pass in `queries`, [N, H, D].
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    table: LayerTable = field(default_factory=lambda: LayerTable((), ()))
+    pools: Many[Pool | None] = ()
+    block: int = 16
+    watched: frozenset[int] = frozenset()
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    _views: dict[int, tuple[list[View], Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """Neighbouring rows whose sizes have the same number of binary digits."""
+        found: list[Bucket] = []
+        start = 0
+        for row in self.rows:
+            stop = start + row.size
+            if found and row.size.bit_length() == found[-1].rows[-1].size.bit_length():
+                found[-1].rows.append(row)
+                found[-1].tokens = slice(found[-1].tokens.start, stop)
+            else:
+                found.append(Bucket([row], slice(start, stop)))
+            start = stop
+        return found
+
+    def attend(self, a: Attention, layer: int, q_BHTD: Tensor, k_BKTD: Tensor | None = None,
+               v_BKTD: Tensor | None = None) -> Tensor:
+        entry = self.table.layers[layer]
+        assert entry.group is not None
+        pool = self.pools[layer if entry.source is None else entry.source]
+        assert pool is not None
+        views, slots_N = self._group(entry.group)
+        q_NHD = q_BHTD[0].transpose(0, 1)
+        if layer in self.watched:
+            self.queries[layer] = q_NHD
+        fresh: Pair | None = None
+        if k_BKTD is not None and v_BKTD is not None:
+            pool.write(slots_N, k_BKTD[0].transpose(0, 1), v_BKTD[0].transpose(0, 1))
+            fresh = (k_BKTD, v_BKTD) if pool.exact else None
+        parts = [_attend(view, pool, q_NHD, fresh, a) for view in views]
+        out_NHD = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out_NHD.transpose(0, 1)[None]
+
+    def _group(self, group: int) -> tuple[list[View], Tensor]:
+        if group not in self._views:
+            views = [View(bucket, group, self.block) for bucket in self.buckets]
+            self._views[group] = views, torch.tensor([slot for view in views for slot in view.slots()])
+        return self._views[group]
+
+
+def _attend(view: View, pool: Pool, q_NHD: Tensor, fresh: Pair | None, a: Attention) -> Tensor:
+    """What the tokens of one bucket get, [n, H, D]; `fresh` are the keys and values of the packed tokens, if exact."""
+    bucket = view.bucket
+    q_RHTD = bucket.spread(q_NHD[bucket.tokens])
+    if view.fresh and fresh is not None and (a.window is None or a.window >= bucket.longest):
+        k, v = (new[:, :, bucket.tokens] for new in fresh)
+        return bucket.packed(softmax_attention(q_RHTD, k, v, None, a))
+    k, v = pool.span(*view.span) if view.span is not None else pool.gather(view.blocks_RM)
+    return bucket.packed(softmax_attention(q_RHTD, k, v, view.mask(a.window, k.shape[2]), a))

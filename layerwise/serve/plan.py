@@ -1,0 +1,55 @@
+"""The execution plan of a step: which rows go through which layers together, and how.
+
+An ordinary step is one entry: all rows, all layers. A prompt that passes the layers in several steps, tokens that
+leave layers out, and layers that run in another order are other plans for the same runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from layerwise.nets.flow import Flow
+from layerwise.serve.sequence import Row
+from layerwise.stack.decoder import DecoderStack
+
+Action = Callable[[DecoderStack, Tensor, Flow, range], Tensor]
+"""Runs a span of layers on hidden states [1, N, C]."""
+
+
+def in_order(stack: DecoderStack, x_1NC: Tensor, flow: Flow, layers: range) -> Tensor:
+    """One layer after the other."""
+    for layer in layers:
+        x_1NC = stack.block(layer)(x_1NC, flow, layer)
+    return x_1NC
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`rows` (indices into the step) go through `layers` by `action`."""
+
+    rows: tuple[int, ...]
+    layers: range
+    action: Action = in_order
+
+
+def plan(rows: list[Row], skipped: Collection[int] = (), action: Action = in_order) -> list[Entry]:
+    """Every row through its own span of layers, without `skipped` ones where its tokens were generated.
+
+    Neighbouring layers with the same rows make one entry.
+    """
+    if not rows:
+        return []
+    if not skipped and all(row.layers == rows[0].layers for row in rows):
+        return [Entry(tuple(range(len(rows))), rows[0].layers, action)]
+    entries: list[Entry] = []
+    for layer in range(min(row.layers.start for row in rows), max(row.layers.stop for row in rows)):
+        chosen = tuple(index for index, row in enumerate(rows) if layer in row.layers
+                       and not (layer in skipped and row.start >= row.sequence.prompt))
+        if entries and entries[-1].rows == chosen:
+            entries[-1] = Entry(chosen, range(entries[-1].layers.start, layer + 1), action)
+        elif chosen:
+            entries.append(Entry(chosen, range(layer, layer + 1), action))
+    return entries
