@@ -26,7 +26,8 @@ class AsyncEngine:
         self.engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, Deliver] = {}
-        self._closing = False
+        self._closing = self._closed = False
+        self._lock = threading.Lock()
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._work, name="layerwise-engine", daemon=True)
         self._thread.start()
@@ -34,7 +35,15 @@ class AsyncEngine:
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         """Events of one request. Raises what `Engine.add` raises; leaving the loop early cancels the request."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        await asyncio.wrap_future(self._submit(request, lambda event: loop.call_soon_threadsafe(news.put_nowait, event)))
+
+        def deliver(event: Event) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, event)
+
+        try:
+            await asyncio.wrap_future(self._submit(request, deliver))
+        except asyncio.CancelledError:
+            self.cancel(request.id)
+            raise
         finished = False
         try:
             while not finished:
@@ -66,15 +75,17 @@ class AsyncEngine:
                 return
             try:
                 if self._closing:
-                    raise BadOption("a request to an engine that is closing", expected="a running engine",
-                                    do="send it to another")
+                    raise _closed()
                 self.engine.add(request)
                 self._streams[request.id] = deliver
                 done.set_result(None)
             except Exception as error:
                 done.set_exception(error)
 
-        self._commands.put(add)
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            self._commands.put(add)
         return done
 
     def _work(self) -> None:
@@ -85,6 +96,8 @@ class AsyncEngine:
             self._obey()
             for event in self._step():
                 self._tell(event)
+        with self._lock:
+            self._closed = True
         self._refuse()
 
     def _obey(self) -> None:
@@ -119,3 +132,7 @@ class AsyncEngine:
         """Answer what came too late."""
         while not self._commands.empty():
             self._commands.get_nowait()()
+
+
+def _closed() -> BadOption:
+    return BadOption("a request to an engine that is closing", expected="a running engine", do="send it to another")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Many
 
+from layerwise.serve.runner import Runner
 from layerwise.serve.sequence import Row, Sequence
 
 
@@ -26,6 +27,10 @@ class Drafter(ABC):
     most: int
 
     @abstractmethod
+    def begin(self, runner: Runner) -> None:
+        """An engine with this runner will ask for guesses."""
+
+    @abstractmethod
     def draft(self, rows: Many[Row]) -> None:
         """Guess the tokens after each row's last; called before the rows run, also for rows without room."""
 
@@ -40,6 +45,9 @@ class Lookup(Drafter):
     def __init__(self, most: int = 8, longest: int = 4, shortest: int = 2) -> None:
         self.most, self.longest, self.shortest = most, longest, shortest
         self._seen: dict[Sequence, _Seen] = {}
+
+    def begin(self, runner: Runner) -> None:
+        """Nothing is needed of the model."""
 
     def draft(self, rows: Many[Row]) -> None:
         for row in rows:

@@ -70,6 +70,8 @@ class Engine:
         self.scheduler = Scheduler(self.caches, len(stack), Limits(running, max(step_tokens, running), groups=groups))
         self.runner = Runner(stack, self.table, blocks, block)
         self.drafter, self.action = drafter, action
+        if drafter is not None:
+            drafter.begin(self.runner)
         self.counts = Counts()
         self._live: dict[str, Outcome] = {}
         self._news: list[Event] = []

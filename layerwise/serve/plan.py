@@ -48,7 +48,7 @@ def plan(rows: list[Row], skipped: Collection[int] = (), action: Action = in_ord
     for layer in range(min(row.layers.start for row in rows), max(row.layers.stop for row in rows)):
         chosen = tuple(index for index, row in enumerate(rows) if layer in row.layers
                        and not (layer in skipped and row.start >= row.sequence.prompt))
-        if entries and entries[-1].rows == chosen:
+        if entries and entries[-1].rows == chosen and entries[-1].layers.stop == layer:
             entries[-1] = Entry(chosen, range(entries[-1].layers.start, layer + 1), action)
         elif chosen:
             entries.append(Entry(chosen, range(layer, layer + 1), action))

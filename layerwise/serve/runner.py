@@ -27,7 +27,7 @@ class Runner:
     """
 
     def __init__(self, stack: DecoderStack, table: LayerTable, blocks: int, block: int) -> None:
-        self.stack, self.table, self.block = stack, table, block
+        self.stack, self.table, self.blocks, self.block = stack, table, blocks, block
         self.pools = [self._pool(layer, blocks) for layer in range(len(stack))]
         self.frontiers: dict[Sequence, Tensor] = {}
         self._watching: dict[int, PagedFlow] = {}

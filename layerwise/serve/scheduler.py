@@ -165,7 +165,7 @@ class Scheduler:
         victim = max((other for other in self.running if id(other) not in busy), key=self._rank)
         self.running.remove(victim)
         self.caches.drop(victim)
-        victim.computed = victim.frontier = victim.chunk = victim.drafter_computed = 0
+        victim.computed = victim.frontier = victim.chunk = 0
         self.waiting.append(victim)
         step.evicted.append(victim)
         self.preemptions += 1

@@ -53,7 +53,6 @@ class Sequence:
     waited: int = 0
     drafted: int = 0
     accepted: int = 0
-    drafter_computed: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
