@@ -112,9 +112,10 @@ def _inputs(stack: Stack, data: str, seed: int) -> Any:
 
 
 def default_instruments(deep: bool) -> list[str]:
-    """Every instrument; without `deep` only those that need no trial of every layer and no gradients."""
+    """Every instrument; without `deep` only those that need no trial, no gradients and little beside the pass."""
     from layerwise.measure import INSTRUMENTS
     from layerwise.measure.base import Gradient, Intervention
 
-    slow = (Gradient, Intervention)
-    return [name for name in INSTRUMENTS if deep or not issubclass(INSTRUMENTS[name], slow)]
+    kinds = {name: INSTRUMENTS[name] for name in INSTRUMENTS}
+    return [name for name, kind in kinds.items()
+            if deep or not (kind.slow or issubclass(kind, (Gradient, Intervention)))]

@@ -40,6 +40,8 @@ class Instrument(ABC):
     unit: ClassVar[str]
     important: ClassVar[Direction | None]
     about: ClassVar[str]
+    slow: ClassVar[bool] = False
+    """Whether it takes longer than the pass it shares, and is left out unless asked for."""
 
     @property
     def label(self) -> str:
