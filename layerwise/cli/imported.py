@@ -37,13 +37,15 @@ def imported(text: str) -> Any:
 
 
 def open_model(model: str) -> Stack:
-    """A stack for a demo name, folder, hub id, file, or the module that code makes."""
+    """A stack for a demo name, folder (of any family), hub id, file, or the module that code makes."""
     from torch import nn
 
+    from layerwise.stack.foreign import foreign, open_foreign
     from layerwise.stack.open import open
 
     if not names_code(model):
-        return open(model)
+        folder = foreign(model)
+        return open(model) if folder is None else open_foreign(folder)
     module = imported(model)
     if not isinstance(module, nn.Module):
         raise BadOption(f"{model}, which makes a {type(module).__name__}", expected="a torch.nn.Module",

@@ -102,9 +102,9 @@ def _inputs(stack: Stack, data: str, seed: int) -> Any:
 
     if names_code(data):
         return imported(data)
-    if not isinstance(stack, DecoderStack):
+    if not isinstance(stack, DecoderStack) and stack.tokenizer is None:
         raise BadData(
-            f"no data for {stack.name}, which is no language model",
+            f"no data for {stack.name}, which reads no text",
             expected="batches of what its forward pass takes",
             do="--data FILE.py:NAME, a list of batches or a function that makes one",
         )
