@@ -74,12 +74,11 @@ class Caches:
         sequence.computed = sequence.cached = 0
         return False
 
-    def reserve(self, sequence: Sequence, end: int, *, evict: bool = True) -> bool:
+    def reserve(self, sequence: Sequence, end: int) -> bool:
         """Blocks for all tokens before position `end`; False where there are too few, and nothing is changed."""
         missing = self._missing(sequence, end)
-        for group, count in enumerate(missing):
-            if not (self._free(group, count) if evict else self.pools[group].free >= count):
-                return False
+        if not all(self._free(group, count) for group, count in enumerate(missing)):
+            return False
         for pool, table, count in zip(self.pools, sequence.tables, missing, strict=True):
             for _ in range(count):
                 table.blocks.append(pool.take(table.blocks[-1] if table.blocks else None))

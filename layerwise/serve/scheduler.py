@@ -105,7 +105,7 @@ class Scheduler:
         while not self.caches.reserve(sequence, row.start + row.count):
             if self._preempt(step, spared=step.rows) is sequence:
                 return 0
-        if row.room and not self.caches.reserve(sequence, row.start + row.count + row.room, evict=False):
+        if row.room and not self.caches.reserve(sequence, row.start + row.count + row.room):
             row.room = 0
         step.rows.append(row)
         return self._cost(row)
