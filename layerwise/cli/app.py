@@ -10,6 +10,7 @@ from layerwise import __version__
 from layerwise.cli.apply import apply
 from layerwise.cli.compare import compare
 from layerwise.cli.doctor import doctor
+from layerwise.cli.export import export
 from layerwise.cli.generate import generate
 from layerwise.cli.optimize import optimize
 from layerwise.cli.profile import profile
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (profile, optimize, apply, compare, generate, systems, reproduce, doctor):
+for command in (profile, optimize, apply, export, compare, generate, systems, reproduce, doctor):
     app.command()(command)
 
 

@@ -27,6 +27,9 @@ class Allowed:
     dense: bool = False
 
 
+NOTHING = Allowed()
+
+
 @dataclass(frozen=True)
 class Written:
     """What was written: where, how many bytes, and what differs from the model that was given."""
@@ -45,7 +48,7 @@ class Export(ABC):
     """How the file ends by default; empty for a folder."""
 
     @abstractmethod
-    def write(self, source: Source, output: Path, allowed: Allowed = Allowed()) -> Written:
+    def write(self, source: Source, output: Path, allowed: Allowed = NOTHING) -> Written:
         """Write `source` to `output`, whole or not at all.
 
         Raises BadOption naming the first choice that the target cannot express and what to allow.
@@ -64,7 +67,7 @@ def check_rows(rows: tuple[LayerSpec, ...], target: str) -> None:
             half = "attention" if row.mixer is None else "feed-forward"
             raise refuse(f"layer {layer} without its {half} half", target, "layers with both halves",
                          "drop whole layers instead, or keep the model in layerwise's own format")
-        if isinstance(row.mixer, Attention) and getattr(row.mixer, "shares", None) is not None:
+        if isinstance(row.mixer, Attention) and row.mixer.shares is not None:
             raise refuse(f"layer {layer}, which shares keys and values with layer {row.mixer.shares}", target,
                          "layers with keys and values of their own",
                          "make a plan without share-kv, or keep the model in layerwise's own format")

@@ -7,7 +7,7 @@ before it takes its place: its table must be the one that was written, and its l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from layerwise.errors import BadFile
-from layerwise.export.base import Allowed, Export, Written, refuse
+from layerwise.export.base import NOTHING, Allowed, Export, Written, refuse
 from layerwise.export.gguf_metadata import metadata
 from layerwise.export.gguf_tensors import Item, data, items, written_table
 from layerwise.export.gguf_tokenizer import no_tokenizer, tokenizer_metadata
@@ -41,7 +41,7 @@ class GGUF(Export):
     summary: ClassVar[str] = "a file for llama.cpp, with a type for every tensor"
     suffix: ClassVar[str] = ".gguf"
 
-    def write(self, source: Source, output: Path, allowed: Allowed = Allowed()) -> Written:
+    def write(self, source: Source, output: Path, allowed: Allowed = NOTHING) -> Written:
         """Write `source` to the file `output`.
 
         Raises BadOption naming the first matrix or layer that GGUF cannot hold and what to allow, BadModel
@@ -84,8 +84,9 @@ def _write(path: Path, facts: Mapping[str, Any], stack: DecoderStack, tensors: S
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
-             list: writer.add_array}
+    kinds: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+        list: writer.add_array}
     if value != []:
         kinds[type(value)](key, value)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from layerwise.errors import BadOption
 from layerwise.export.base import refuse
 from layerwise.spec import Attention, FeedForward, LayerSpec, Rope, StackSpec
 
@@ -13,6 +12,10 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen
                  "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "gpt2": "gpt2"}
 UNEVEN = "deci"
 """The architecture of llama.cpp whose layers may be of different widths, or without attention; else a Llama."""
+
+EMPTY_WIDTH = 32
+"""A layer without its feed-forward half is written with one of this width and zeros: llama.cpp passes over the
+attention of a layer that says 0."""
 
 GEMMA_PERIOD = 6
 GEMMA_27B_LAYERS = 62
@@ -85,11 +88,6 @@ def _sizes(spec: StackSpec) -> dict[str, Any]:
     if spec.family in ("llama", "mistral", "mixtral"):
         found["rope.dimension_count"] = width
     return found
-
-
-EMPTY_WIDTH = 32
-"""A layer without its feed-forward half is written with one of this width and zeros: llama.cpp passes over the
-attention of a layer that says 0."""
 
 
 def _rope(spec: StackSpec) -> dict[str, Any]:

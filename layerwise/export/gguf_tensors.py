@@ -170,7 +170,9 @@ def _part(stack: DecoderStack, item: Item, ours: str) -> Any:
     kind = item.name.rpartition(".")[2]
     if item.layer is None:
         module = getattr(stack.decoder, ours)
-        return module if ours in ("embedding", "head") else _shifted(getattr(module, kind), stack.spec.final_norm.offset)
+        if ours in ("embedding", "head"):
+            return module
+        return _shifted(getattr(module, kind), stack.spec.final_norm.offset if ours == "norm" else 0.0)
     row, block = stack.spec.rows[item.layer], stack.block(item.layer)
     assert isinstance(block, Block)
     branch, _, name = ours.partition(".")

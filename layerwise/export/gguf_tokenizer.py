@@ -7,6 +7,7 @@ Token types: 1 normal, 2 unknown, 3 control, 4 given by the user, 5 unused, 6 by
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p
 RULES = {("byte-level",): "gpt-2", ("digits", "byte-level"): "smollm", (GPT2,): "gpt-2",
          (WORDS % r"\p{N}{1,3}",): "llama-bpe", (WORDS % r"\p{N}",): "qwen2"}
 """What splits text before merging, to the name of that rule in GGUF."""
+
+KNOWN = tuple(dict.fromkeys(RULES.values()))
 
 
 def tokenizer_metadata(folder: Path, vocabulary: int) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def _sentencepiece(folder: Path, stored: dict[str, Any], tokens: list[str], type
     vocab = stored["model"]["vocab"]
     made = [vocab["".join(merge) if isinstance(merge, list) else merge.replace(" ", "")]
             for merge in stored["model"]["merges"]]
-    if any(left > right for left, right in zip(made, made[1:], strict=False)):
+    if any(left > right for left, right in itertools.pairwise(made)):
         raise _unknown(folder, "merges in another order than their tokens")
     for index, token in enumerate(tokens):
         if token == stored["model"].get("unk_token"):
@@ -117,6 +120,6 @@ def _chat(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _unknown(folder: Path, what: str) -> BadModel:
     return BadModel(f"the tokenizer in {folder} has {what}, which GGUF has no name for",
-                    expected=f"a sentencepiece vocabulary, or one split by the rule of {', '.join(set(RULES.values()))}",
+                    expected=f"a sentencepiece vocabulary, or one split by the rule of {', '.join(KNOWN)}",
                     do="convert the original model with llama.cpp's converter and use the rules of "
                     "`layerwise export --to llama.cpp-rules`")

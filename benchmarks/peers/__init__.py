@@ -1,0 +1,1 @@
+"""Other tools as baselines, on the same models and texts."""
