@@ -7,6 +7,8 @@ from layerwise.allocate.solvers import SOLVERS
 from layerwise.measure import INSTRUMENTS
 from layerwise.transform.base import Transform
 from layerwise.transform.drop import Drop
+from layerwise.transform.low_rank import LowRank
+from layerwise.transform.narrow import Narrow
 from layerwise.transform.quantize import Quantize
 from layerwise.transform.share_kv import ShareKV
 
@@ -18,6 +20,12 @@ SETTINGS: list[Transform] = [
     Quantize(bits=4, method="search"),
     Quantize(bits=4, method="gptq"),
     Quantize(bits=4, group=0, symmetric=True, matrices=("q", "down")),
+    LowRank(0.5),
+    LowRank(8, "plain", ("gate", "o")),
+    LowRank(0.25, "utilized"),
+    Narrow(width=80),
+    Narrow(kv_heads=1),
+    Narrow(width=31, kv_heads=1, by="norm"),
     ShareKV(source=1),
 ]
 

@@ -5,6 +5,7 @@ from layerwise.registry import Registry
 TRANSFORMS = Registry("transform", {
     "drop": "layerwise.transform.drop:Drop",
     "low-rank": "layerwise.transform.low_rank:LowRank",
+    "narrow": "layerwise.transform.narrow:Narrow",
     "quantize": "layerwise.transform.quantize:Quantize",
     "share-kv": "layerwise.transform.share_kv:ShareKV",
 })

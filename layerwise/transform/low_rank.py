@@ -89,7 +89,7 @@ class LowRank(Transform):
 
     def _rank(self, outputs: int, inputs: int, name: str) -> int:
         most = largest_rank(outputs, inputs)
-        rank = self.rank if isinstance(self.rank, int) else max(1, int(self.rank * outputs * inputs / (outputs + inputs)))
+        rank = self.rank if isinstance(self.rank, int) else int(self.rank * outputs * inputs / (outputs + inputs)) or 1
         if rank > most:
             raise BadOption(f"rank {rank} for the matrix {name!r}, {outputs} x {inputs}",
                             expected=f"at most {most}, so that the factors are smaller than the matrix",
@@ -128,7 +128,7 @@ def factors(weight_OI: Tensor, rank: int, gram_II: Tensor | None = None, method:
     if method == "plain" or gram_II is None:
         b_OR = _axes(weight_OI, None)[1][:, :rank]
         return b_OR, b_OR.T @ weight_OI
-    check_gram(weight_OI, gram_II, what)
+    check_gram(gram_II, weight_OI.shape[1], what)
     gram_II = gram_II.to(weight_OI)
     energy_K, axes_OK = _axes(weight_OI, gram_II)
     if float(energy_K[rank - 1]) <= NOISE * len(gram_II) * float(energy_K[0]):

@@ -1,0 +1,101 @@
+"""What an alternative for one matrix does to its outputs, from its weights and the Gram matrix of its inputs alone.
+
+All errors are tr(E G E') = sum over calibration tokens of |E x|^2, with E = W - W' and G = sum(x x'), so they compare
+across alternatives of one matrix; divide by `energy` to compare matrices. Nothing is built or stored.
+
+Shapes: O outputs, I inputs, K the smaller of the two, N units.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerwise.nets.packed import PackedLinear
+from layerwise.spec import Format
+from layerwise.transform.gptq import DAMPING
+from layerwise.transform.gptq import output_error as error_rows
+from layerwise.transform.low_rank import core
+from layerwise.transform.narrow import damped, ranked
+from layerwise.transform.quantize import SEARCH_STEPS, Method
+from layerwise.transform.rounding import round_to_nearest
+
+
+def energy(weight_OI: Tensor, gram_II: Tensor) -> float:
+    """Sum of squares of all outputs: the error of a matrix of zeros."""
+    weight_OI = weight_OI.float()
+    return float(((weight_OI @ gram_II.float()) * weight_OI).sum())
+
+
+def spread(gram_II: Tensor) -> Tensor:
+    """How much of each input the inputs before it do not explain, [I], when GPTQ takes them in its order.
+
+    One factorisation, which all formats of all matrices with these inputs share.
+    """
+    diagonal_I = gram_II.diagonal().double()
+    live_I = diagonal_I > 0
+    damping = DAMPING * float(diagonal_I[live_I].mean()) if bool(live_I.any()) else 1.0
+    backwards_I = diagonal_I.argsort(descending=True, stable=True).flip(0)
+    square_II = gram_II.double()[backwards_I][:, backwards_I]
+    while True:
+        lower_II, failed = torch.linalg.cholesky_ex(square_II + damping * torch.eye(len(square_II)).to(square_II))
+        if not failed:
+            break
+        damping *= 10
+    spread_I = torch.empty_like(diagonal_I)
+    spread_I[backwards_I] = lower_II.diagonal().square()
+    return torch.where(live_I, spread_I, 0).float()
+
+
+@torch.no_grad()
+def rounding_error(weight_OI: Tensor, gram_II: Tensor, format: Format, method: Method = "nearest",
+                   spread_I: Tensor | None = None) -> float:
+    """The error of rounding to `format`: exact for `nearest` and `search`, expected for `gptq`.
+
+    GPTQ leaves an error of every weight to act only through what the inputs already rounded cannot make up
+    for: step^2 / 12 (or the plain error, where clipping makes it larger) times `spread_I`, in each row at most
+    the plain error. Pass `spread(gram_II)` to share it among formats.
+    """
+    importance_I = None if method == "nearest" else gram_II.diagonal()
+    rounded = round_to_nearest(weight_OI, format, search=0 if method == "nearest" else SEARCH_STEPS,
+                               importance_I=importance_I)
+    plain_O = error_rows(weight_OI, gram_II, rounded, format)
+    if method != "gptq":
+        return float(plain_O.sum())
+    spread_I = spread(gram_II) if spread_I is None else spread_I
+    group_I = torch.arange(weight_OI.shape[1], device=weight_OI.device) // (format.group or weight_OI.shape[1])
+    even_O = (rounded[1].float()[:, group_I] ** 2 / 12) @ spread_I
+    error_OI = weight_OI.float() - PackedLinear.from_codes(*rounded, format).dense()
+    return float(torch.minimum(plain_O, torch.maximum(even_O, error_OI.square() @ spread_I)).sum())
+
+
+@torch.no_grad()
+def low_rank_errors(weight_OI: Tensor, gram_II: Tensor | None = None) -> Tensor:
+    """The least error that any matrix of rank R can have, for R = 0 to K at once, float64 [K + 1].
+
+    The tail sums of squared singular values of W L with G = L L', as eigenvalues of W G W'; without a Gram matrix,
+    of W itself.
+    """
+    gram_II = None if gram_II is None else gram_II.float()
+    square_KK = core(weight_OI.float(), gram_II)[1].double()
+    return _tails(torch.linalg.eigvalsh((square_KK + square_KK.T) / 2).flip(0).clamp(min=0))
+
+
+@torch.no_grad()
+def narrow_errors(weight_OI: Tensor, gram_II: Tensor, unit: int = 1) -> tuple[Tensor, Tensor]:
+    """(errors, order): the error with the n best units of inputs kept and refitted, for n = 0 to N at once, float64
+    [N + 1], and the units from the best to the first to go, [N].
+
+    With G = L L' in that order, the error of keeping n is the sum of squares of columns n to N of W L. The Gram
+    matrix is damped as in refitting, which puts errors a little above those on the inputs themselves.
+    """
+    order_N = ranked(weight_OI, gram_II, unit)
+    order_I = (order_N[:, None] * unit + torch.arange(unit, device=order_N.device)).flatten()
+    lower_II = torch.linalg.cholesky(damped(gram_II)[order_I][:, order_I])
+    energy_I = (weight_OI.double()[:, order_I] @ lower_II).square().sum(0)
+    return _tails(energy_I.view(len(order_N), unit).sum(1)), order_N
+
+
+def _tails(part_K: Tensor) -> Tensor:
+    """Sums of everything from place n on, for n = 0 to K, [K + 1]."""
+    return torch.cat([part_K.flip(0).cumsum(0).flip(0), part_K.new_zeros(1)])
