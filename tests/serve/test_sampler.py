@@ -63,7 +63,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 def test_numbers_of_a_seed_are_spread_evenly_and_unlike_those_of_others() -> None:
     rows = torch.tensor([[uniform(seed, place) for place in range(200)] for seed in range(200)], dtype=torch.float64)
-    assert 0 <= rows.min() and rows.max() < 1
+    assert rows.min() >= 0 and rows.max() < 1
     assert torch.histc(rows.flatten(), 10, 0, 1).sub(4000).abs().max() < 250
     for pairs in (torch.stack([rows[:, :-1].flatten(), rows[:, 1:].flatten()]),
                   torch.stack([rows[:-1].flatten(), rows[1:].flatten()])):
