@@ -61,14 +61,14 @@ def quantized(bits: int, *, tables: bool = True, **arguments: Any) -> Alternativ
     return Alternative(f"{bits} bits", "quantize", settings, measured, 4.0**-bits, tables)
 
 
-def mixed(labels: Sequence[str], method: str = "gptq") -> list[Alternative]:
-    """Each matrix by itself, and the tables, in any of the formats with these labels; see `Format.label`."""
+def mixed(labels: Sequence[str], method: str = "gptq", tables: Sequence[str] | None = None) -> list[Alternative]:
+    """Each matrix by itself in any of the formats with these labels (see `Format.label`), the tables in `tables`."""
     found = []
     for label in labels:
         format = Format.parse(label)
         settings = {"bits": format.bits, "group": format.group, "symmetric": format.symmetric, "method": method}
         found.append(Alternative(label, "quantize", settings, f"output-error:{label}", 4.0**-format.bits,
-                                 tables=True, each=True))
+                                 tables=tables is None or label in tables, each=True))
     return found
 
 
@@ -76,7 +76,7 @@ def dropped(part: Literal["layer", "attention", "feed_forward"] = "layer") -> Al
     """Take the layer away, or one half of it (which counts as half the distortion)."""
     if part == "layer":
         return Alternative("drop", "drop", {"part": part}, "leave-one-out", 1.0)
-    return Alternative(f"drop {part}", "drop", {"part": part}, f"leave-one-out:{part}", 0.5)
+    return Alternative(f"drop {part.replace('_', '-')}", "drop", {"part": part}, f"leave-one-out:{part}", 0.5)
 
 
 def defaults(scores: Scores, by: str | Sequence[str] | None = None) -> list[Alternative]:

@@ -31,8 +31,9 @@ SolverName = Annotated[
 ]
 Only = Annotated[
     str,
-    typer.Option("--only", help="What a layer may become, separated by commas: 8, 6, 5, 4, 3, 2, drop, ..."),
+    typer.Option("--only", help="What a layer may become, separated by commas: bits, 8, 4, 4/128, drop, ..."),
 ]
+Controls = Annotated[bool, typer.Option("--controls", help="Also measure random, shuffled and reversed plans.")]
 
 
 def optimize(
@@ -44,6 +45,7 @@ def optimize(
     bits: Bits = None,
     solver: SolverName = None,
     only: Only = "",
+    controls: Controls = False,
     data: Data = "default",
     seed: Seed = 0,
     output: Output = None,
@@ -59,6 +61,7 @@ def optimize(
     from layerwise.allocate.budget import Budget
     from layerwise.allocate.solvers import SOLVERS
     from layerwise.report import optimize as job
+    from layerwise.report.alternatives import check_words
     from layerwise.report.run import Run, default_folder
 
     screen = Screen(as_json)
@@ -71,7 +74,7 @@ def optimize(
     }
     budget = Budget(**limits)
     alternatives = words(only)
-    job.parse_alternatives(alternatives)
+    check_words(alternatives)
     if solver is not None:
         SOLVERS[solver]
     arguments = {
@@ -79,13 +82,15 @@ def optimize(
         "budget": budget.given(),
         "solver": solver,
         "only": alternatives,
+        "controls": controls,
         "data": full(data),
         "seed": seed,
     }
     folder = output or default_folder("optimize", model, arguments)
     with Run.open(folder, "optimize", arguments, fresh=fresh) as run, screen.resumable():
         done = job.optimize(
-            model, budget, run, solver=solver, only=alternatives, data=data, seed=seed, tell=screen.tell
+            model, budget, run, solver=solver, only=alternatives, data=data, seed=seed, controls=controls,
+            tell=screen.tell,
         )
     screen.show(f"\n{done.report}\n\nplan    {run.path('plan.json')}\nmodel   {done.model}\nreport  {done.page}")
     screen.finish(

@@ -79,9 +79,21 @@ class TextData:
 
     def take(self, count: int) -> TextData:
         """The first `count` blocks."""
-        mask_NT = None if self.mask_NT is None else self.mask_NT[:count]
-        source = dataclasses.replace(self.source, chosen=self.source.chosen[:count])
-        return dataclasses.replace(self, tokens_NT=self.tokens_NT[:count], mask_NT=mask_NT, source=source)
+        return self._part(slice(count))
+
+    def skip(self, count: int) -> TextData:
+        """All blocks but the first `count`."""
+        return self._part(slice(count, None))
+
+    def shortened(self, length: int) -> TextData:
+        """The first `length` tokens of every block."""
+        mask_NT = None if self.mask_NT is None else self.mask_NT[:, :length]
+        return dataclasses.replace(self, tokens_NT=self.tokens_NT[:, :length], mask_NT=mask_NT)
+
+    def _part(self, rows: slice) -> TextData:
+        mask_NT = None if self.mask_NT is None else self.mask_NT[rows]
+        source = dataclasses.replace(self.source, chosen=self.source.chosen[rows])
+        return dataclasses.replace(self, tokens_NT=self.tokens_NT[rows], mask_NT=mask_NT, source=source)
 
     @classmethod
     def from_text(

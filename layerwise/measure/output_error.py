@@ -30,12 +30,12 @@ from layerwise.transform.gram import grams
 from layerwise.transform.quantize import SEARCH_STEPS, Method, values
 from layerwise.transform.rounding import round_to_nearest
 
-PROBE = Format(3, 128)
+PROBE = Format(3, 64)
 """Rounding to nearest in this format is the disturbance whose effect on the predictions `response` measures:
 large enough to stand out of bfloat16 rounding, small enough that errors act in proportion."""
 
-FORMATS = ("8/row=", "6/128", "5/128", "4/32", "4/128", "4/row", "3/64", "3/128", "3/row", "2/32", "2/64", "2/128")
-ROWS = 192
+FORMATS = ("8/row=", "6/64", "4/32", "4/64", "3/64", "2/64")
+ROWS = 96
 """Outputs of a matrix that stand for all of them, evenly spaced."""
 
 

@@ -32,7 +32,7 @@ from layerwise.stack.decoder import DecoderStack
 from layerwise.transform.drop import Drop
 from layerwise.transform.quantize import Quantize, pack_table, values
 
-TABLE_FORMATS = ("8/row=", "6/128", "4/32", "4/64", "4/128", "3/64")
+TABLE_FORMATS = ("8/row=", "6/64", "4/64", "3/64")
 DROPS = {"drop": "layer", "drop attention": "attention", "drop feed-forward": "feed_forward"}
 
 

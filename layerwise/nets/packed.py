@@ -98,7 +98,7 @@ class PackedMatrix(nn.Module):
         self._operands = None
         middle = 2 ** (self.format.bits - 1)
         if self._direct:
-            self.codes = (codes_OI - middle).view(torch.int8)
+            self.codes = (codes_OI - middle).contiguous().view(torch.int8)
         else:
             codes_OI = F.pad(codes_OI, (0, self._padded - self.in_features), value=middle)
             self.codes = pack(codes_OI, self.format.bits)

@@ -11,6 +11,7 @@ from layerwise.allocate.losses import Alternative
 from layerwise.allocate.plan import Plan
 from layerwise.allocate.solve import allocate
 from layerwise.measure.scores import Column, Scores
+from layerwise.nets.decoder import MATRICES
 from layerwise.spec import StackSpec
 
 
@@ -30,8 +31,16 @@ class Decide:
 
     def check(self, spec: StackSpec) -> None:
         """Raises BadBudget where no plan can meet the budget; that follows from the table alone."""
-        zeros = (0.0,) * len(spec.rows)
-        outside = {"embedding": 0.0, "head": 0.0}
-        names = [alternative.measured for alternative in self.alternatives if alternative.measured]
-        columns = {name: Column(name, zeros, "nats/token", "high", "", outside) for name in names}
+        ones, outside = (1.0,) * len(spec.rows), {"embedding": 1.0, "head": 1.0}
+        columns = {name: Column(name, ones, "nats/token", "high", "", outside) for name in self._columns()}
         self(Scores(spec, columns), "greedy")
+
+    def _columns(self) -> list[str]:
+        """Every column that planning may look for."""
+        names = [alternative.measured for alternative in self.alternatives if alternative.measured]
+        for alternative in self.alternatives:
+            if alternative.each:
+                names += [f"response:{alternative.label}",
+                          *(f"output-error:{matrix}:{alternative.label}" for matrix in MATRICES)]
+        probes = [f"{name}" for matrix in MATRICES for name in (f"response:{matrix}", f"output-error:{matrix}:probe")]
+        return [*(name for name in names if not name.startswith("output-error:") or name.count(":") == 2), *probes]

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layerwise.allocate.apply import apply
 from layerwise.allocate.budget import Budget
-from layerwise.allocate.choices import dropped, keep, quantized
-from layerwise.allocate.cost import totals
 from layerwise.allocate.losses import Alternative
 from layerwise.allocate.plan import Plan
 from layerwise.allocate.solvers import SOLVERS
 from layerwise.allocate.stopwatch import Stopwatch
 from layerwise.data.text import TextData, text_blocks
-from layerwise.errors import BadData, BadModel, BadOption
-from layerwise.measure.base import Instrument
+from layerwise.errors import BadData, BadModel
 from layerwise.measure.engine import measure
 from layerwise.measure.identity import identity
-from layerwise.measure.leave_one_out import LeaveOneOut
-from layerwise.measure.quantization_sensitivity import QuantizationSensitivity
 from layerwise.measure.scores import Scores
+from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
 from layerwise.report.decide import Decide
 from layerwise.report.layers import kept_layers
 from layerwise.report.report import Report
 from layerwise.report.run import Run
-from layerwise.report.tried import Tried, chosen, contenders, load_tried, save_tried, try_plans
+from layerwise.report.tried import Tried, load_tried, save_tried, try_plans
 from layerwise.report.verify import verification_text, verify
-from layerwise.spec import BITS, StackSpec
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.open import open
 from layerwise.stack.vision import VisionLanguageStack
 from layerwise.train.vision_language import examples
-from layerwise.transform.quantize import Quantize
 
 Tell = Callable[[str], None]
-BLOCKS, LENGTH = 2, 512
+BLOCKS, LENGTH = 18, 512
+TRIAL = 2
+"""Blocks kept apart from those whose statistics transforms read, to measure losses on."""
+
+SHORT = 256
+"""Tokens of such a block on which single changes are tried; whole plans are measured on all of it."""
+
 PICTURES = 128
-POSITIONS = 128
-"""Positions of every block at which the output of a changed model is compared."""
 
 SPENT = 0.9
 """Share of a budget from which it counts as used."""
@@ -68,40 +65,42 @@ def optimize(
     only: Sequence[str] = (),
     data: str | Path = "default",
     seed: int = 0,
+    controls: bool = False,
     tell: Tell = lambda _: None,
     progress: bool = True,
 ) -> Optimized:
     """Fit the model at `source` into `budget`, with everything that is produced kept in `run`.
 
-    Several solvers plan from the same scores, every plan is carried out and measured, and the one nearest to
-    the original is taken; `solver` takes that solver's plan instead. `only` limits what a layer may become
-    (see `parse_alternatives`). Text to measure on is the calibration split of `data`, text to verify on its
-    verification split. Finished steps of the run are not repeated.
+    A plan is made, carried out and measured, and made again with predictions corrected by that, until they agree
+    (see `refine`); the plan nearest to the original is taken. `solver` makes the plans, `controls` sets random,
+    shuffled and reversed ones beside them. `only` limits what a layer may become (see `parse_alternatives`). Text
+    to measure on is the calibration split of `data`, text to verify on its verification split. Finished steps of
+    the run are not repeated.
     Raises what opening, measuring, allocating, applying and verifying raise.
     """
     stack = _opened(source, tell)
     run.note("model fingerprint", identity(stack))
-    alternatives = parse_alternatives(only) or defaults_for(budget, stack.spec)
+    alternatives = parse_alternatives(only, stack.spec) or defaults_for(budget, stack.spec)
     decide = Decide(budget, alternatives, seed, Stopwatch(stack.spec) if budget.milliseconds else None)
     decide.check(stack.spec)
-    calibration = calibration_text(stack, data, seed)
+    calibration, trial = parted(calibration_text(stack, data, seed))
     scores = run.step(
         "scores",
-        lambda: _measure(stack, calibration, alternatives, seed, run, tell, progress),
+        lambda: _measure(stack, calibration, trial, alternatives, seed, run, tell, progress),
         file="scores.parquet",
         save=lambda scores, path: scores.save(path),
         load=Scores.load,
     )
     tried = run.step(
         "tried",
-        lambda: _try(stack, scores, solver, decide, calibration, tell, progress),
+        lambda: _try(stack, scores, solver, controls, decide, calibration, trial, tell, progress),
         file="tried.json",
         save=save_tried,
         load=load_tried,
     )
     plan = run.step(
         "plan",
-        lambda: decide(scores, next(point.name for point in tried if point.kind == "plan")),
+        lambda: next(point.plan for point in tried if point.kind == "plan"),
         file="plan.json",
         save=lambda plan, path: plan.save(path),
         load=Plan.load,
@@ -131,59 +130,6 @@ def optimize(
     return Optimized(plan, scores, tried, report, model, page)
 
 
-def parse_alternatives(only: Sequence[str]) -> list[Alternative]:
-    """What a layer may become, from words: a width (`8`), `drop`, `drop-attention`, `drop-feed-forward`.
-
-    Leaving a layer as it is is always possible. Raises BadOption for another word.
-    """
-    words: dict[str, Callable[[], Alternative]] = {
-        "drop": dropped,
-        "drop-attention": lambda: dropped("attention"),
-        "drop-feed-forward": lambda: dropped("feed_forward"),
-    }
-    found = [keep()] if only else []
-    for word in only:
-        if word in words:
-            found.append(words[word]())
-        elif word.isdigit() and int(word) in BITS:
-            found.append(quantized(int(word)))
-        else:
-            legal = [*map(str, BITS), *words]
-            raise BadOption(f"--only {word}", expected=f"one of: {', '.join(legal)}", do="correct the word")
-    return found
-
-
-def defaults_for(budget: Budget, spec: StackSpec) -> list[Alternative]:
-    """Alternatives that can help with this budget: widths to save bytes, dropping to have fewer layers."""
-    limited = set(budget.given())
-    widths = useful_widths(budget, spec) if limited & {"bytes", "bits", "milliseconds"} else ()
-    drops = [dropped()] if limited & {"layers", "parameters", "milliseconds"} else []
-    return [keep(), *map(quantized, widths), *drops]
-
-
-def useful_widths(budget: Budget, spec: StackSpec) -> tuple[int, ...]:
-    """The widths worth measuring: from the widest down to the third that fits everywhere.
-
-    5 bits are passed over, as they run at the speed of 6. Widths well below the budget belong to it, because a
-    layer that bears them pays for others that do not.
-    """
-    widths = sorted(set(BITS) - {5}, reverse=True)
-    limits = budget.limits({**totals(spec), "milliseconds": math.inf})
-    allowed = min(limits.get("bytes", math.inf), limits.get("bits", math.inf) * spec.parameters() / 8)
-    if allowed == math.inf:
-        return tuple(widths)
-    fits = next((place for place, bits in enumerate(widths) if _size_at(bits, spec) <= allowed), len(widths))
-    return tuple(widths[: fits + 3])
-
-
-def _size_at(bits: int, spec: StackSpec) -> int:
-    """Stored bytes with every matrix and table at `bits`."""
-    transform = Quantize(bits)
-    packed = replace(spec, rows=tuple(transform.edit(row, spec.hidden) for row in spec.rows))
-    head = None if spec.tied else transform.format
-    return replace(packed, embedding_format=transform.format, head_format=head).bytes()
-
-
 def calibration_text(stack: Stack, source: str | Path, seed: int) -> TextData:
     """Blocks to measure on, from the calibration split; for a demo that sees, questions about its own pictures.
 
@@ -198,18 +144,17 @@ def calibration_text(stack: Stack, source: str | Path, seed: int) -> TextData:
             do="put the tokenizer files that came with the model into its folder",
         )
     length = min(LENGTH, stack.spec.context)
-    return text_blocks(source, stack.tokenizer, length=length, blocks=BLOCKS, split="calibration", seed=seed)
+    whole = text_blocks(source, stack.tokenizer, length=length, split="calibration")
+    blocks = min(BLOCKS, len(whole))
+    return text_blocks(source, stack.tokenizer, length=length, blocks=blocks, split="calibration", seed=seed)
 
 
-def instruments_for(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
-    """What must be measured to plan with `alternatives`, and what a reader wants to see beside it."""
-    widths = tuple(edit.arguments["bits"] for edit in alternatives if edit.transform == "quantize")
-    chosen: list[str | Instrument] = ["block-influence", "logit-lens-kl"]
-    if widths:
-        chosen.append(QuantizationSensitivity(bits=widths, tokens=POSITIONS))
-    if any(edit.transform == "drop" for edit in alternatives):
-        chosen.append(LeaveOneOut(tokens=POSITIONS))
-    return chosen
+def parted(text: TextData) -> tuple[TextData, TextData]:
+    """Blocks for statistics and blocks to try plans on; a single block, or a demo's pictures, serve as both."""
+    if len(text) < 2 or not isinstance(text, TextData):
+        return text, text
+    trial = min(TRIAL, len(text) // 2)
+    return text.take(len(text) - trial), text.skip(len(text) - trial)
 
 
 def _opened(source: str | Path, tell: Tell) -> DecoderStack:
@@ -227,17 +172,23 @@ def _opened(source: str | Path, tell: Tell) -> DecoderStack:
 
 def _measure(
     stack: Stack,
-    data: TextData,
+    calibration: TextData,
+    trial: TextData,
     alternatives: Sequence[Alternative],
     seed: int,
     run: Run,
     tell: Tell,
     progress: bool,
 ) -> Scores:
-    tell(f"measuring {len(stack)} layers on {data.tokens_NT.numel():,} tokens")
-    instruments = instruments_for(alternatives)
     journal = run.path("measured.jsonl")
-    return measure(stack, data, instruments, seed=seed, progress=progress, resume=journal)
+    if isinstance(trial, TextData):
+        trial = trial.shortened(SHORT)
+    tell(f"trying changes to {len(stack)} layers on {trial.tokens_NT.numel():,} tokens")
+    scores = measure(stack, trial, trying(alternatives), seed=seed, progress=progress, resume=journal)
+    if wanted := reading(alternatives):
+        tell(f"reading the layers' inputs on {calibration.tokens_NT.numel():,} tokens")
+        scores = scores.merge(measure(stack, calibration, wanted, seed=seed, progress=progress, resume=journal))
+    return scores
 
 
 def _shape(stack: Stack, plan: Plan, data: TextData, tell: Tell) -> DecoderStack:
@@ -246,17 +197,19 @@ def _shape(stack: Stack, plan: Plan, data: TextData, tell: Tell) -> DecoderStack
 
 
 def _try(
-    stack: Stack,
+    stack: DecoderStack,
     scores: Scores,
     solver: str | None,
+    controls: bool,
     decide: Decide,
-    data: TextData,
+    calibration: TextData,
+    trial: TextData,
     tell: Tell,
     progress: bool,
 ) -> list[Tried]:
-    plans = list(contenders(scores, decide, solver))
-    tell(f"carrying out and measuring {len(plans)} plans")
-    return chosen(try_plans(stack, plans, data, progress=progress), solver)
+    tell("planning, and measuring what is planned")
+    return try_plans(stack, scores, decide, calibration, trial, solver=solver, controls=controls, tell=tell,
+                     progress=progress)
 
 
 def _verify(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,16 +11,17 @@ from typing import Any, Literal
 from layerwise.allocate.apply import apply
 from layerwise.allocate.plan import Plan
 from layerwise.data.text import TextData
-from layerwise.errors import BadBudget, BadFile
+from layerwise.errors import BadBudget, BadFile, BadPlan
 from layerwise.io import atomic
 from layerwise.measure.progress import Progress
 from layerwise.measure.scores import Scores
 from layerwise.report.decide import Decide
+from layerwise.report.refine import refine
 from layerwise.report.verify import compare_on
-from layerwise.stack.base import Stack
+from layerwise.stack.decoder import DecoderStack
 
 Kind = Literal["plan", "candidate", "control"]
-CANDIDATES = ("milp", "greedy", "uniform")
+SOLVER = "milp"
 CONTROLS = ("random", "shuffled", "reversed")
 
 
@@ -32,65 +33,81 @@ class Tried:
     kind: Kind
     bytes: int
     kl: float
+    plan: Plan
+    predicted: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values, the plan aside."""
+        return {name: value for name, value in asdict(self).items() if name != "plan"}
 
 
 def try_plans(
-    stack: Stack, plans: Sequence[tuple[str, Kind, Plan]], data: TextData, *, progress: bool = False
+    stack: DecoderStack,
+    scores: Scores,
+    decide: Decide,
+    calibration: TextData,
+    trial: TextData,
+    *,
+    solver: str | None = None,
+    controls: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
+    progress: bool = False,
 ) -> list[Tried]:
-    """Carry out every plan and compare the result with `stack` on `data`; equal plans are measured once."""
-    measured: dict[str, Tried] = {}
-    found = []
-    with Progress("trying plans", len(plans), progress) as bar:
-        for name, kind, plan in plans:
-            key = json.dumps([vars(edit) | {"predicted_loss": None} for edit in plan.edits], sort_keys=True)
-            if key not in measured:
-                measured[key] = _measured(stack, plan, data)
-            found.append(Tried(name, kind, measured[key].bytes, measured[key].kl))
-            bar.step()
-    return found
+    """Carry out plans and measure them on `trial`: rounds of refinement, the same for every layer, and controls.
 
-
-def contenders(scores: Scores, decide: Decide, solver: str | None = None) -> Iterator[tuple[str, Kind, Plan]]:
-    """What each candidate and each control makes of the same scores and budget, `solver` first where given.
-
-    One that cannot meet the budget is passed over, unless it was asked for: a control need not be able to.
+    One is marked as the plan: the round nearest to the original, or the uniform plan where that comes nearer;
+    with `solver` only its own rounds count. A plan that comes up twice is measured once.
     """
-    for name in dict.fromkeys((*([solver] if solver else []), *CANDIDATES, *CONTROLS)):
-        kind: Kind = "control" if name in CONTROLS else "candidate"
-        try:
-            yield name, kind, decide(scores, name)
-        except BadBudget:
-            if name == solver:
-                raise
+    name = solver or SOLVER
+    rounds = refine(stack, scores, lambda found: decide(found, name), calibration, trial, seed=decide.seed, tell=tell,
+                    progress=progress)
+    found = [Tried(f"{name}, round {number}" if number > 1 else name, "candidate", one.bytes, one.measured, one.plan,
+                   one.predicted) for number, one in enumerate(rounds, start=1)]
+    others = list(_others(scores, decide, controls, "uniform" if solver is None else None))
+    with Progress("trying other plans", len(others), progress) as bar:
+        for other, kind, plan in others:
+            same = next((point for point in found if point.plan.edits == plan.edits), None)
+            point = same or _measured(stack, plan, calibration, trial)
+            found.append(replace(point, name=other, kind=kind, plan=plan, predicted=plan.predicted["loss"]))
+            bar.step()
+    return chosen(found)
 
 
-def chosen(tried: Sequence[Tried], solver: str | None = None) -> list[Tried]:
-    """The same with one marked as the plan: that of `solver`, else the candidate measured nearest to the original."""
-    candidates = [point for point in tried if point.kind == "candidate"]
-    winner = solver or min(candidates, key=lambda point: point.kl).name
-    return [replace(point, kind="plan") if point.name == winner else point for point in tried]
+def chosen(tried: Sequence[Tried]) -> list[Tried]:
+    """The same with the candidate measured nearest to the original marked as the plan."""
+    winner = min((point for point in tried if point.kind == "candidate"), key=lambda point: point.kl)
+    return [replace(point, kind="plan") if point is winner else point for point in tried]
 
 
 def save_tried(tried: Sequence[Tried], path: Path) -> None:
     """Write measured plans as JSON."""
-    atomic.write_text(path, json.dumps([point.to_json() for point in tried], indent=1) + "\n")
+    points = [{**point.to_json(), "plan": point.plan.to_json()} for point in tried]
+    atomic.write_text(path, json.dumps(points, indent=1) + "\n")
 
 
 def load_tried(path: Path) -> list[Tried]:
     """Read what `save_tried` wrote. Raises BadFile where it is missing or damaged."""
     try:
-        return [Tried(**point) for point in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as error:
+        points = json.loads(path.read_text(encoding="utf-8"))
+        return [Tried(**{**point, "plan": Plan.from_json(point["plan"])}) for point in points]
+    except (OSError, ValueError, TypeError, KeyError, BadPlan) as error:
         raise BadFile(
             f"the plans tried in {path}: {error}", expected="a file written by this command", do="use --fresh"
         ) from error
 
 
-def _measured(stack: Stack, plan: Plan, data: TextData) -> Tried:
-    slim = apply(stack, plan, data)
-    compared = compare_on(stack, slim, data)
+def _others(scores: Scores, decide: Decide, controls: bool, candidate: str | None) -> Iterator[tuple[str, Kind, Plan]]:
+    """What other solvers make of the same scores and budget; one that cannot meet the budget is passed over."""
+    kinds: dict[str, Kind] = {candidate: "candidate"} if candidate else {}
+    for name, kind in (kinds | dict.fromkeys(CONTROLS if controls else (), "control")).items():
+        try:
+            yield name, kind, decide(scores, name)
+        except BadBudget:
+            continue
+
+
+def _measured(stack: DecoderStack, plan: Plan, calibration: TextData, trial: TextData) -> Tried:
+    slim = apply(stack, plan, calibration)
+    compared = compare_on(stack, slim, trial)
     kl = float(compared.kl_N.sum() / compared.positions_N.sum())
-    return Tried("", "candidate", slim.spec.bytes(), kl)
+    return Tried("", "candidate", slim.spec.bytes(), kl, plan)

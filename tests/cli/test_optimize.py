@@ -28,7 +28,7 @@ FILES = {"run.json", "scores.parquet", "plan.json", "model", "report.html", "log
 def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A finished run and the object it printed."""
     folder = tmp_path_factory.mktemp("optimize")
-    arguments = ["optimize", str(model), "--bytes", "55%", "-o", "run", "--json"]
+    arguments = ["optimize", str(model), "--bytes", "55%", "--controls", "-o", "run", "--json"]
     ran = subprocess.run(
         [sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, cwd=folder, env=ENVIRONMENT
     )
@@ -69,7 +69,7 @@ def test_controls_were_tried(done: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_finished_it_prints_the_same_again_at_once(done: tuple[Path, dict[str, Any]], model: Path) -> None:
-    arguments = ["optimize", str(model), "--bytes", "55%", "-o", "run", "--json"]
+    arguments = ["optimize", str(model), "--bytes", "55%", "--controls", "-o", "run", "--json"]
     ran = subprocess.run(
         [sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, cwd=done[0], env=ENVIRONMENT
     )
@@ -80,7 +80,8 @@ def test_finished_it_prints_the_same_again_at_once(done: tuple[Path, dict[str, A
 def test_killed_at_random_moments_it_makes_the_same_plan(
     done: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", CODE, "optimize", str(model), "--bytes", "55%", "-o", "run", "--json"]
+    arguments = ["optimize", str(model), "--bytes", "55%", "--controls", "-o", "run", "--json"]
+    command = [sys.executable, "-c", CODE, *arguments]
     chance = random.Random(0)
     for _ in range(3):
         process = subprocess.Popen(
@@ -117,7 +118,7 @@ def test_an_interrupt_ends_with_130_and_the_run_goes_on(model: Path, tmp_path: P
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CODE, "optimize", "smollm2", "--bytes", "55%", "-o", "run", "--json"]
+    command = [sys.executable, "-c", CODE, "optimize", "smollm2", "--bytes", "55%", "--controls", "-o", "run", "--json"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout.splitlines()[-1])

@@ -5,17 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from layerwise.allocate.budget import Budget
 from layerwise.allocate.plan import Edit, Plan
 from layerwise.data.text import Source, TextData
 from layerwise.errors import BadBudget, BadFile, BadOption
 from layerwise.measure.engine import measure
-from layerwise.measure.quantization_sensitivity import QuantizationSensitivity
+from layerwise.measure.scores import Scores
+from layerwise.report.alternatives import (
+    check_words,
+    defaults_for,
+    formats,
+    parse_alternatives,
+    reading,
+    table_formats,
+    trying,
+    useful_formats,
+)
 from layerwise.report.decide import Decide
-from layerwise.report.optimize import defaults_for, instruments_for, parse_alternatives, useful_widths
-from layerwise.report.tried import Tried, chosen, contenders, load_tried, save_tried, try_plans
-from layerwise.spec import StackSpec
+from layerwise.report.refine import Round, corrected, refine
+from layerwise.report.tried import Tried, chosen, load_tried, save_tried, try_plans
+from layerwise.spec import Format, StackSpec
+from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
 
 
@@ -23,40 +35,67 @@ def labels(budget: Budget, spec: StackSpec) -> list[str]:
     return [alternative.label for alternative in defaults_for(budget, spec)]
 
 
-def test_widths_follow_the_budget(before_spec: StackSpec) -> None:
-    assert useful_widths(Budget(bytes="55%"), before_spec) == (8, 6, 4)
-    assert useful_widths(Budget(bytes="45%"), before_spec) == (8, 6, 4, 3)
-    assert useful_widths(Budget(bits=7.2), before_spec) == (8, 6, 4, 3)
-    assert useful_widths(Budget(bytes="5%"), before_spec) == (8, 6, 4, 3, 2)
-    assert useful_widths(Budget(milliseconds=3), before_spec) == (8, 6, 4, 3, 2)
+def widths(budget: Budget, spec: StackSpec) -> set[int]:
+    return {Format.parse(label).bits for label in useful_formats(budget, spec)}
+
+
+def text(rows: int = 2, seed: int = 1) -> TextData:
+    tokens_NT = torch.randint(97, (rows, 24), generator=torch.Generator().manual_seed(seed))
+    return TextData(tokens_NT, "random", Source("random", "calibration", "", 24 * rows, tuple(range(rows))))
+
+
+def test_formats_follow_the_budget(before_spec: StackSpec) -> None:
+    assert widths(Budget(bytes="60%"), before_spec) == {8, 6, 5, 4}
+    assert widths(Budget(bytes="41%"), before_spec) == {8, 6, 5, 4}
+    assert widths(Budget(bits=5.0), before_spec) == {8, 6, 5, 4, 3, 2}
+    assert widths(Budget(bytes="5%"), before_spec) == {8, 6, 5, 4, 3, 2}
+    assert widths(Budget(milliseconds=3), before_spec) == {8, 6, 5, 4, 3, 2}
 
 
 def test_layers_are_dropped_only_where_that_helps(before_spec: StackSpec) -> None:
-    assert labels(Budget(layers=6), before_spec) == ["keep", "drop"]
-    assert labels(Budget(bytes="55%"), before_spec) == ["keep", "8 bits", "6 bits", "4 bits"]
+    assert labels(Budget(layers=6), before_spec) == ["keep", "drop", "drop attention", "drop feed-forward"]
+    assert "drop" not in labels(Budget(bytes="55%"), before_spec)
+    assert "drop" in labels(Budget(bytes="25%"), before_spec)
     assert "drop" in labels(Budget(bytes="55%", parameters="90%"), before_spec)
 
 
 def test_instruments_are_those_the_alternatives_need(before_spec: StackSpec) -> None:
-    names = [
-        instrument if isinstance(instrument, str) else instrument.name
-        for instrument in instruments_for(defaults_for(Budget(layers=6), before_spec))
-    ]
-    assert names == ["block-influence", "logit-lens-kl", "leave-one-out"]
+    depth = defaults_for(Budget(layers=6), before_spec)
+    assert reading(depth) == []
+    (response,) = [item for item in trying(depth) if not isinstance(item, str)]
+    assert set(response.parts) == {"drop", "drop attention", "drop feed-forward", "floor"}
+    assert [item.name for item in reading(defaults_for(Budget(bytes="55%"), before_spec))
+            if not isinstance(item, str)] == ["output-error"]
 
 
-def test_words_become_alternatives() -> None:
-    found = [alternative.label for alternative in parse_alternatives(["8", "drop", "drop-attention"])]
-    assert found == ["keep", "8 bits", "drop", "drop attention"]
-    assert parse_alternatives([]) == []
-    for word in ("7", "melt", "-4"):
+def test_words_become_alternatives(before_spec: StackSpec) -> None:
+    words = ["8", "3/64", "drop", "drop-attention"]
+    found = [alternative.label for alternative in parse_alternatives(words, before_spec)]
+    assert found == ["keep", "8/row=", "3/64", "drop", "drop attention"]
+    assert parse_alternatives([], before_spec) == []
+    assert len(parse_alternatives(["bits", "4"], before_spec)) == len(parse_alternatives(["bits"], before_spec))
+    check_words([*words, "bits", "4"])
+    for word in ("7", "melt", "-4", "4/"):
         with pytest.raises(BadOption, match=word):
-            parse_alternatives([word])
+            check_words([word])
+
+
+def test_groups_are_full_where_the_model_allows_it(before_spec: StackSpec) -> None:
+    assert {Format.parse(label).group for label in formats(before_spec)} == {0, 32, 64, 192}
+    for label in formats(before_spec):
+        format = Format.parse(label)
+        for _, columns in before_spec.rows[0].matrices(before_spec.hidden).values():
+            assert columns % (format.group or columns) == 0
+
+
+def test_tables_are_tried_in_one_or_two_formats_a_width(before_spec: StackSpec) -> None:
+    assert table_formats(formats(before_spec)) == ["8/row=", "6/192", "5/192", "4/32", "4/192", "3/192"]
 
 
 @pytest.mark.parametrize("budget", [Budget(bytes="5%"), Budget(parameters="1%"), Budget(bits=0.5)])
 def test_the_smallest_reachable_value_is_named_without_measuring(before_spec: StackSpec, budget: Budget) -> None:
-    alternatives = parse_alternatives(["8"]) if budget.parameters is None else defaults_for(budget, before_spec)
+    eight = parse_alternatives(["8"], before_spec)
+    alternatives = eight if budget.parameters is None else defaults_for(budget, before_spec)
     with pytest.raises(BadBudget, match="at least"):
         Decide(budget, alternatives).check(before_spec)
 
@@ -66,50 +105,69 @@ def test_what_can_be_met_passes(before_spec: StackSpec) -> None:
         Decide(budget, defaults_for(budget, before_spec)).check(before_spec)
 
 
-def test_every_contender_meets_the_budget_and_is_measured() -> None:
-    import torch
+@pytest.fixture(scope="module")
+def stack() -> DecoderStack:
+    return random_stack(4, dtype="bfloat16")
 
-    stack = random_stack(4, dtype="bfloat16")
-    tokens_NT = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
-    data = TextData(tokens_NT, "random", Source("random", "calibration", "", 48, (0, 1)))
-    scores = measure(stack, data, [QuantizationSensitivity(bits=(8, 4), tokens=8)], progress=False)
-    decide = Decide(Budget(bytes="60%"), parse_alternatives(["8", "4"]))
-    tried = chosen(try_plans(stack, list(contenders(scores, decide)), data))
+
+@pytest.fixture(scope="module")
+def decide() -> Decide:
+    words = ["8", "4/16", "3/16", "drop-attention"]
+    return Decide(Budget(bytes="45%"), parse_alternatives(words, random_stack(4, dtype="bfloat16").spec))
+
+
+@pytest.fixture(scope="module")
+def scores(stack: DecoderStack, decide: Decide) -> Scores:
+    tried = measure(stack, text(), trying(decide.alternatives), progress=False)
+    return tried.merge(measure(stack, text(6, 2), reading(decide.alternatives), progress=False))
+
+
+def test_every_plan_meets_the_budget_and_is_measured(stack: DecoderStack, decide: Decide, scores: Scores) -> None:
+    tried = try_plans(stack, scores, decide, text(6, 2), text())
     assert [point.kind for point in tried].count("plan") == 1
     best = next(point for point in tried if point.kind == "plan")
     assert best.kl == min(point.kl for point in tried if point.kind != "control")
-    assert {point.name for point in tried} >= {"milp", "greedy", "uniform", "random", "shuffled", "reversed"}
+    assert {point.name for point in tried} >= {"milp", "uniform", "random", "shuffled", "reversed"}
     for point in tried:
-        assert point.bytes <= 0.6 * stack.spec.bytes() and point.kl > 0
+        assert point.bytes == point.plan.edited(stack.spec).bytes() <= 0.45 * stack.spec.bytes() and point.kl > 0
 
 
-def test_a_solver_that_is_asked_for_is_taken() -> None:
-    tried = [Tried("milp", "candidate", 10, 0.1), Tried("reversed", "control", 10, 0.5)]
-    assert [point.kind for point in chosen(tried)] == ["plan", "control"]
-    assert [point.kind for point in chosen(tried, "reversed")] == ["candidate", "plan"]
+def test_a_solver_that_is_asked_for_is_taken(stack: DecoderStack, decide: Decide, scores: Scores) -> None:
+    tried = try_plans(stack, scores, decide, text(6, 2), text(), solver="greedy", controls=False)
+    assert {point.name.partition(",")[0] for point in tried} == {"greedy"}
 
 
-def test_equal_plans_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerwise.report import tried
+def test_a_round_corrects_the_prediction_at_the_plan_just_measured(
+    stack: DecoderStack, decide: Decide, scores: Scores
+) -> None:
+    from layerwise.measure.marginal import Marginals
 
-    calls = []
+    plan = decide(scores, "milp")
+    by_target: dict[int | str, float] = {}
+    for edit in plan.edits:
+        by_target[edit.target] = by_target.get(edit.target, 0.0) + (edit.predicted_loss or 0.0)
+    seen = Marginals(2 * plan.predicted["loss"], {target: 2 * loss for target, loss in by_target.items()})
+    doubled = corrected(scores, plan, seen)
+    for name, column in scores.columns.items():
+        if name.startswith("response:") and not name.endswith("floor"):
+            for layer, value in enumerate(column.values):
+                expected = 2 * value if by_target.get(layer) else value
+                assert doubled[name].values[layer] == pytest.approx(expected, nan_ok=True)
 
-    def measured(*_: object) -> Tried:
-        calls.append(1)
-        return Tried("", "candidate", 10, 0.5)
 
-    monkeypatch.setattr(tried, "_measured", measured)
-    one = Plan("t", 4, (Edit(0, "quantize", {"bits": 8}, predicted_loss=0.1),))
-    two = Plan("t", 4, (Edit(0, "quantize", {"bits": 8}, predicted_loss=0.9),))
-    found = try_plans(random_stack(1), [("a", "plan", one), ("b", "control", two)], None)  # type: ignore[arg-type]
-    assert calls == [1]
-    assert found == [Tried("a", "plan", 10, 0.5), Tried("b", "control", 10, 0.5)]
+def test_refining_ends_and_never_repeats_a_plan(stack: DecoderStack, decide: Decide, scores: Scores) -> None:
+    rounds = refine(stack, scores, lambda found: decide(found, "milp"), text(6, 2), text())
+    assert 1 <= len(rounds) <= 3
+    assert len({str(one.plan.edits) for one in rounds}) == len(rounds)
+    assert Round(rounds[0].plan, 1, 1.0, 1.05).agrees and not Round(rounds[0].plan, 1, 1.0, 1.5).agrees
 
 
 def test_measured_plans_survive_a_file(tmp_path: Path) -> None:
-    points = [Tried("a", "plan", 10, 0.1 + 0.2)]
+    plan = Plan("t", 4, (Edit(0, "quantize", {"bits": 8}, predicted_loss=0.1),))
+    points = [Tried("a", "candidate", 10, 0.1 + 0.2, plan, 0.3)]
     save_tried(points, tmp_path / "tried.json")
     assert load_tried(tmp_path / "tried.json") == points
+    assert chosen(points)[0].kind == "plan"
     (tmp_path / "tried.json").write_text("[1]")
     with pytest.raises(BadFile, match="--fresh"):
         load_tried(tmp_path / "tried.json")

@@ -1,0 +1,138 @@
+"""What a layer may become: from words and from a budget, and what must be measured to choose among it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from layerwise.allocate.budget import Budget
+from layerwise.allocate.choices import dropped, keep, mixed
+from layerwise.allocate.cost import totals
+from layerwise.allocate.losses import Alternative
+from layerwise.errors import BadOption
+from layerwise.measure.base import Instrument
+from layerwise.measure.output_error import OutputError
+from layerwise.measure.response import DROPS, Response
+from layerwise.spec import BITS, Format, StackSpec
+from layerwise.transform.quantize import Quantize
+
+DROPPING: dict[str, Callable[[], Alternative]] = {
+    "drop": dropped,
+    "drop-attention": lambda: dropped("attention"),
+    "drop-feed-forward": lambda: dropped("feed_forward"),
+}
+WIDEST = 256
+POSITIONS = 128
+"""Positions of every block at which the output of a changed model is compared."""
+
+
+def formats(spec: StackSpec) -> list[str]:
+    """The formats worth having for this model, widest first, as labels.
+
+    Small groups round better and cost more scales. The largest group is one that divides every matrix's inputs,
+    since a group that is not full is stored in full.
+    """
+    inputs = [columns for row in spec.rows for _, columns in row.matrices(spec.hidden).values()] or [WIDEST]
+    wide = next((size for size in range(WIDEST, 32, -32) if math.gcd(*inputs) % size == 0), 64)
+    groups: dict[int, list[int | str]] = {
+        8: ["row="], 6: [wide], 5: [wide], 4: [32, 64, wide, "row"], 3: [64, wide, "row"], 2: [32, 64, wide]}
+    return list(dict.fromkeys(f"{bits}/{group}" for bits, sizes in groups.items() for group in sizes))
+
+
+def table_formats(labels: Sequence[str]) -> list[str]:
+    """Those of the formats that token tables may have: a table is large and slow to try, so one or two a width."""
+    chosen = []
+    for bits in sorted({Format.parse(label).bits for label in labels if Format.parse(label).bits > 2}, reverse=True):
+        same = [label for label in labels if Format.parse(label).bits == bits and not label.endswith("row")]
+        chosen += [same[0], same[-1]] if bits == 4 else same[-1:]
+    return list(dict.fromkeys(chosen))
+
+
+def parse_alternatives(only: Sequence[str], spec: StackSpec) -> list[Alternative]:
+    """What a layer may become, from words; leaving it as it is is always possible.
+
+    A word is a currency (`bits`, `drop`, `drop-attention`, `drop-feed-forward`), a width (`4`: every format of
+    that width) or a format (`4/128`). Raises BadOption for another word.
+    """
+    labels: list[str] = []
+    drops = []
+    for word in only:
+        if word in DROPPING:
+            drops.append(DROPPING[word]())
+        else:
+            labels += _labels(word, spec)
+    return [keep(), *_formats(dict.fromkeys(labels)), *drops] if only else []
+
+
+def check_words(only: Sequence[str]) -> None:
+    """Raises BadOption for a word that means nothing, before a model is opened."""
+    for word in only:
+        if word not in ("bits", *DROPPING) and not (word.isdigit() and int(word) in BITS):
+            _parsed(word)
+
+
+def _labels(word: str, spec: StackSpec) -> list[str]:
+    if word == "bits":
+        return formats(spec)
+    if word.isdigit() and int(word) in BITS:
+        return [label for label in formats(spec) if Format.parse(label).bits == int(word)]
+    return [_parsed(word).label]
+
+
+def _parsed(word: str) -> Format:
+    try:
+        return Format.parse(word)
+    except BadOption as error:
+        known = ", ".join(["bits", *map(str, BITS), "a format such as 4/128", *DROPPING])
+        raise BadOption(f"--only {word}", expected=f"one of: {known}", do="correct the word") from error
+
+
+def _formats(labels: Iterable[str]) -> list[Alternative]:
+    labels = list(labels)
+    return mixed(labels, tables=table_formats(labels))
+
+
+def defaults_for(budget: Budget, spec: StackSpec) -> list[Alternative]:
+    """Alternatives that can help with this budget: formats to save bytes or time, dropping for all but mild budgets."""
+    labels = useful_formats(budget, spec) if set(budget.given()) & {"bytes", "bits", "milliseconds"} else []
+    mild = labels and all(Format.parse(label).bits > 3 for label in labels) and budget.parameters is None
+    drops = [] if mild and budget.layers is None else [drop() for drop in DROPPING.values()]
+    return [keep(), *_formats(labels), *drops]
+
+
+def useful_formats(budget: Budget, spec: StackSpec) -> list[str]:
+    """The formats worth measuring: from the widest down to the width below the one that fits everywhere.
+
+    Widths below the budget belong to it, because a matrix that bears them pays for others that do not.
+    """
+    limits = budget.limits({**totals(spec), "milliseconds": math.inf})
+    allowed = min(limits.get("bytes", math.inf), limits.get("bits", math.inf) * spec.parameters() / 8)
+    labels = formats(spec)
+    widths = sorted({Format.parse(label).bits for label in labels}, reverse=True)
+    if allowed < math.inf:
+        fits = next((place for place, bits in enumerate(widths) if _size_at(bits, spec) <= allowed), len(widths))
+        widths = widths[: max(fits + 3, 4)]
+    return [label for label in labels if Format.parse(label).bits in widths]
+
+
+def _size_at(bits: int, spec: StackSpec) -> int:
+    """Stored bytes with every matrix and table at `bits` in groups of 64."""
+    transform = Quantize(bits, 64)
+    packed = replace(spec, rows=tuple(transform.edit(row, spec.hidden) for row in spec.rows))
+    head = None if spec.tied else transform.format
+    return replace(packed, embedding_format=transform.format, head_format=head).bytes()
+
+
+def reading(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
+    """What reads layers beside the statistics of their inputs."""
+    labels = tuple(item.label for item in alternatives if item.each)
+    return [OutputError(labels)] if labels else []
+
+
+def trying(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
+    """What tries changes on the model, and what a reader wants to see beside it."""
+    tables = tuple(item.label for item in alternatives if item.each and item.tables)
+    drops = tuple(label for label in DROPS if any(item.label == label for item in alternatives))
+    return ["block-influence", "logit-lens-kl",
+            Response(any(item.each for item in alternatives), drops, tables, POSITIONS)]
