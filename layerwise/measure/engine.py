@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadData, BadOption
+from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.measure import INSTRUMENTS, backward, reading, sweep
 from layerwise.measure.base import Call, Forward, Gradient, Instrument, Intervention, PerLayer, Reading
 from layerwise.measure.forward import Pass, forward_pass
 from layerwise.measure.identity import identity
 from layerwise.measure.inputs import Inputs, fingerprint
 from layerwise.measure.journal import Journal
+from layerwise.measure.memory import enough_memory
 from layerwise.measure.progress import Progress
 from layerwise.measure.scores import Column, Scores
 from layerwise.stack.base import Stack, first_tensor
@@ -47,7 +48,8 @@ def measure(stack: Stack, data: Any, instruments: str | Instrument | Iterable[st
     are appended to that file and taken from it when the same measurement starts again.
 
     Raises UnknownName for an instrument that does not exist, BadOption for one that this model cannot have,
-    BadData for data that is missing, empty or not the model's, BadModel for activations that are not finite.
+    BadData for data that is missing, empty or not the model's, BadModel for activations that are not finite,
+    naming the layer and the first batch, BadOption where memory runs out, saying what to leave out.
     """
     chosen = resolve(instruments)
     inputs = None if data is None else Inputs(stack, data, batch)
@@ -125,18 +127,27 @@ class _Job:
         made = self._layers(bar)
         if self.inputs is not None:
             if self.gradient:
-                columns = backward.backward_pass(self.stack, self.inputs, self.gradient, bar)
+                with enough_memory(self.stack, "taking gradients", _named(self.gradient)):
+                    columns = backward.backward_pass(self.stack, self.inputs, self.gradient, bar)
                 made |= dict(zip(self.gradient, columns, strict=True))
             if self.reading:
                 journals = [self.journals[instrument] for instrument in self.reading]
-                columns = reading.read(self.stack, self.inputs, self.reading, journals, bar)
+                with enough_memory(self.stack, "reading matrices", _named(self.reading)):
+                    columns = reading.read(self.stack, self.inputs, self.reading, journals, bar)
                 made |= dict(zip(self.reading, columns, strict=True))
             if self.trying:
-                journals = [self.journals[instrument] for instrument in self.trying]
-                columns = sweep.sweep(self.stack, self.inputs, self.trying, journals, seed=self.seed,
-                                      progress=bar)
-                made |= dict(zip(self.trying, columns, strict=True))
+                made |= dict(zip(self.trying, self._tried(self.inputs, bar), strict=True))
         return made
+
+    def _tried(self, inputs: Inputs, bar: Progress) -> list[tuple[Column, ...]]:
+        """The sweep; where the original is broken, another pass says in which layer."""
+        journals = [self.journals[instrument] for instrument in self.trying]
+        with enough_memory(self.stack, "trying alternatives", _named(self.trying)):
+            try:
+                return sweep.sweep(self.stack, inputs, self.trying, journals, seed=self.seed, progress=bar)
+            except BadModel:
+                forward_pass(inputs, Pass(self.stack, [], [], bar))
+                raise
 
     def _layers(self, bar: Progress) -> dict[Instrument, tuple[Column, ...]]:
         """The forward pass, and what reads one layer at a time, in one reading of a streamed model."""
@@ -145,7 +156,8 @@ class _Job:
 
         def read(layer: int) -> None:
             for value, instrument in zip(values, self.per_layer, strict=True):
-                value.append(instrument.of(self.stack, layer, calls.get(layer)))
+                with enough_memory(self.stack, f"{instrument.name!r} reads layer {layer}", repr(instrument.name)):
+                    value.append(instrument.of(self.stack, layer, calls.get(layer)))
 
         tallies = [instrument.start(self.stack.spec) for instrument in self.forward]
         together = isinstance(self.stack, DecoderStack) and self.stack.streamed and bool(self.forward)
@@ -153,8 +165,8 @@ class _Job:
             for layer in range(len(self.stack)):
                 read(layer)
         if self.forward and self.inputs is not None:
-            wanted = Pass(self.forward, tallies, bar, self.seed, self.lens_tokens)
-            forward_pass(self.stack, self.inputs, wanted, read if together else None)
+            wanted = Pass(self.stack, self.forward, tallies, bar, self.seed, self.lens_tokens)
+            forward_pass(self.inputs, wanted, read if together else None)
         made: dict[Instrument, tuple[Column, ...]] = {
             instrument: instrument.finish(tally)
             for instrument, tally in zip(self.forward, tallies, strict=True)}
@@ -162,6 +174,10 @@ class _Job:
             made[instrument] = tuple(instrument.column(part, (found.get(part, math.nan) for found in value))
                                      for part in instrument.parts)
         return made
+
+
+def _named(instruments: Sequence[Instrument]) -> str:
+    return " or ".join(repr(instrument.name) for instrument in instruments)
 
 
 def _check(stack: Stack, inputs: Inputs | None, chosen: Sequence[Instrument]) -> None:

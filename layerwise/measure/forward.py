@@ -22,6 +22,7 @@ from layerwise.errors import BadModel
 from layerwise.measure.base import Forward
 from layerwise.measure.ending import CHUNK
 from layerwise.measure.inputs import Input, Inputs
+from layerwise.measure.memory import enough_memory
 from layerwise.measure.progress import Progress
 from layerwise.measure.sample import real, sample
 from layerwise.measure.seen import Reading, Seen, Vectors
@@ -42,6 +43,7 @@ class Pass:
     `lens_tokens` is the number of positions read in every row, None for one in 32.
     """
 
+    stack: Stack
     instruments: Sequence[Forward[Any]]
     tallies: list[Any]
     progress: Progress
@@ -64,7 +66,8 @@ class Pass:
         """Let the instruments that look at the lens, or the others, update their tallies."""
         for instrument, tally in zip(self.instruments, self.tallies, strict=True):
             if ("lens" in instrument.sites) == lens:
-                instrument.update(tally, layer, seen)
+                with enough_memory(self.stack, f"{instrument.name!r} reads layer {layer}", repr(instrument.name)):
+                    instrument.update(tally, layer, seen)
 
     def places(self, item: Input) -> Tensor | None:
         """The positions of a batch that the lens reads, as indices into the flattened [B, T]."""
@@ -75,11 +78,18 @@ class Pass:
                       lambda length: wanted or max(1, length // LENS_SHARE), self.seed)
 
 
-def forward_pass(stack: Stack, inputs: Inputs, wanted: Pass, before_layer: BeforeLayer | None = None) -> None:
+def forward_pass(inputs: Inputs, wanted: Pass, before_layer: BeforeLayer | None = None) -> None:
     """Run the data once, filling the tallies. `before_layer` is called once for every layer, in order.
 
-    Raises BadModel where activations are not finite, naming the layer and the first batch.
+    Raises BadModel where activations are not finite, naming the layer and the first batch, and BadOption where
+    memory runs out, naming the instrument that asked for it.
     """
+    stack = wanted.stack
+    with enough_memory(stack, "running the layers"):
+        _run(stack, inputs, wanted, before_layer)
+
+
+def _run(stack: Stack, inputs: Inputs, wanted: Pass, before_layer: BeforeLayer | None) -> None:
     if not isinstance(stack, DecoderStack):
         for index, item in enumerate(inputs):
             _watch_module(stack, index, item, wanted)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.data.module import Batches
-from layerwise.errors import BadOption
+from layerwise.errors import BadModel, BadOption
 from layerwise.stack.base import Stack, first_tensor
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.module import ModuleStack
@@ -44,7 +44,8 @@ def perturb(
     """Part to perturbation to comparison to value. `chosen` are the parts by path, all linear and convolutional
     ones unless given; a layer's own path perturbs the whole layer.
 
-    Raises BadOption for a decoder that is streamed from disk.
+    Raises BadOption for a decoder that is streamed from disk, BadModel for outputs of a single class, whose
+    probability is always one.
     """
     root, layers = _opened(stack)
     chosen = parts(root) if chosen is None else chosen
@@ -52,6 +53,9 @@ def perturb(
     calls = list(Batches(data))
     states = [stack.start(*call.args, **call.kwargs) for call in calls]
     original_NK = _joined(stack.finish(stack.run(state)) for state in states)
+    if original_NK.shape[-1] < 2:
+        raise BadModel(f"outputs of {stack.name} for a single class", expected="logits of two classes or more",
+                       do="append a column of zeros to the logits of a yes-or-no question")
     found: dict[str, dict[str, dict[str, float]]] = {path: {} for path in chosen}
     for layer in [*range(len(stack)), None]:
         for path in (path for path, place in places.items() if place == layer):

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from layerwise.errors import BadData
+
 
 def auroc(scores_N: Tensor, positive_N: Tensor) -> float:
     """Chance that a positive scores above a negative, ties counting half; nan where one group is empty."""
@@ -25,8 +27,11 @@ def ridge_direction(points_NC: Tensor, positive_N: Tensor, ridge: float = 1.0) -
     """Centre [C] and direction [C] of the least-squares separator of standardized points.
 
     The ridge is in units of the mean squared length of a point; solved over points or over dimensions,
-    whichever are fewer.
+    whichever are fewer. Raises BadData where all points are of one group.
     """
+    if len(positive_N.bool().unique()) < 2:
+        raise BadData(f"{len(points_NC)} points of a single class", expected="points of two classes",
+                      do="give items answered right and items answered wrong, or labels of both kinds")
     x_NC = points_NC.double()
     centre_C, scale_C = x_NC.mean(0), x_NC.std(0).clamp(min=1e-12)
     x_NC = (x_NC - centre_C) / scale_C

@@ -109,9 +109,7 @@ def check_sites(instrument: Forward[Any], stack: DecoderStack) -> None:
 def _tally(instrument: Forward[Any], stack: DecoderStack, tokens_NT: Tensor) -> Any:
     tally = instrument.start(stack.spec)
     with torch.no_grad():
-        forward_pass(
-            stack, Inputs(stack, tokens_NT, 2), Pass([instrument], [tally], Progress("", 0, show=False))
-        )
+        forward_pass(Inputs(stack, tokens_NT, 2), Pass(stack, [instrument], [tally], Progress("", 0, show=False)))
     return tally
 
 

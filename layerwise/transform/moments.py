@@ -8,6 +8,7 @@ Shapes: N rows (tokens, items or positions), I inputs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.errors import BadData, BadOption
+from layerwise.errors import BadData, BadModel, BadOption
 
 
 @dataclass
@@ -93,10 +94,18 @@ def rows(module: nn.Module, x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def moments(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Moments]:
-    """Moments of the input of every module over everything that `run` passes through them."""
+    """Moments of the input of every module over everything that `run` passes through them.
+
+    Raises BadModel where an input is NaN or infinite, naming the module and its first batch.
+    """
     found: dict[str, Moments] = {}
+    batches: Counter[str] = Counter()
 
     def see(name: str, x_NI: Tensor) -> None:
+        if not bool(torch.isfinite(x_NI.sum(dtype=torch.float32))):
+            raise BadModel(f"what enters {name} is NaN or infinite, first in batch {batches[name]}",
+                           expected="finite activations", do="check the weights before it, or compute in float32")
+        batches[name] += 1
         found.setdefault(name, Moments.empty(x_NI.shape[1])).add(x_NI)
 
     with watching(modules, see):
