@@ -9,10 +9,9 @@ import gguf
 import pytest
 import torch
 
-from layerwise.errors import BadModel, BadOption
+from layerwise.errors import BadOption
 from layerwise.export.base import Allowed
 from layerwise.export.gguf import GGUF
-from layerwise.export.gguf_tokenizer import tokenizer_metadata
 from layerwise.export.source import Source
 from layerwise.nets.decoder import Decoder
 from layerwise.nets.factored import weights
@@ -209,9 +208,3 @@ def test_half_precision_is_stored_as_it_is(tmp_path: Path) -> None:
         kinds = {name: kind for name, (kind, _) in stored(tmp_path / "model.gguf").items()}
         assert kinds["blk.0.ffn_up.weight"] == kind and kinds["blk.0.ffn_norm.weight"] == "F32"
 
-
-def test_a_split_rule_without_a_name_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(
-        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}}')
-    with pytest.raises(BadModel, match="the rule Whitespace"):
-        tokenizer_metadata(tmp_path, 4)
