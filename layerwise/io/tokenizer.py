@@ -51,6 +51,11 @@ class Tokenizer:
         """How many tokens there are, added ones included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def words(self) -> dict[str, int]:
+        """Every token as the tokenizer's file spells it, with its id; added ones included."""
+        found: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return found
+
     @cached_property
     def bos(self) -> int | None:
         """The token that begins a text, if any."""
