@@ -16,7 +16,8 @@ from layerwise.nets.norms import build_norm
 class Attention(nn.Module):
     """One attention layer; its four matrices may be dense or packed linear layers.
 
-    A layer that shares an earlier layer's keys and values has only q and o.
+    A layer that shares an earlier layer's keys and values has only q and o. `qkv` may stand for q, k and v, one
+    above the other.
     """
 
     q: nn.Module
@@ -47,13 +48,21 @@ class Attention(nn.Module):
     def _queries_and_keys(self, x_BTC: Tensor, flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the new tokens, queries and keys normed and rotated."""
         a = self.spec
-        q_BHTD, k_BKTD, v_BKTD = (self._heads(name, x_BTC) for name in ("q", "k", "v"))
+        both, v_BKTD = self._together(x_BTC)
         if a.qk_norm:
-            q_BHTD, k_BKTD = self.q_norm(q_BHTD), self.k_norm(k_BKTD)
+            both = torch.cat([self.q_norm(both[:, : a.heads]), self.k_norm(both[:, a.heads :])], 1)
         if a.rope is not None:
-            both = rotate(torch.cat([q_BHTD, k_BKTD], 1), flow, a)
-            q_BHTD, k_BKTD = both.split([a.heads, a.kv_heads], 1)
-        return q_BHTD, k_BKTD, v_BKTD
+            both = rotate(both, flow, a)
+        return both[:, : a.heads], both[:, a.heads :], v_BKTD
+
+    def _together(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads of queries and keys in one tensor, [B, H + K, T, D], and values."""
+        if "qkv" not in self._modules:
+            q_BHTD, k_BKTD, v_BKTD = (self._heads(name, x_BTC) for name in ("q", "k", "v"))
+            return torch.cat([q_BHTD, k_BKTD], 1), v_BKTD
+        all_BATD = self._heads("qkv", x_BTC)
+        last = self.spec.heads + self.spec.kv_heads
+        return all_BATD[:, :last], all_BATD[:, last:]
 
     def _queries(self, x_BTC: Tensor, flow: Flow) -> Tensor:
         q_BHTD = self._heads("q", x_BTC)

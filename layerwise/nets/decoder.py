@@ -79,10 +79,10 @@ class Block(nn.Module):
 
     def with_matrices(self, new: Mapping[str, nn.Module]) -> Block:
         """A copy that shares everything but the given linear layers."""
-        block = _shallow(self)
+        block = shallow(self)
         for part in {MATRICES[name] for name in new}:
-            branch = _shallow(getattr(self, part))
-            branch.body = _shallow(branch.body)
+            branch = shallow(getattr(self, part))
+            branch.body = shallow(branch.body)
             setattr(block, part, branch)
         for name, module in new.items():
             setattr(block.branch(name).body, name, module)
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
     def without(self, part: Part) -> Block:
         """A copy without its attention or without its feed-forward half."""
-        block = _shallow(self)
+        block = shallow(self)
         setattr(block, part, None)
         return block
 
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         """Final norm and head, [B, T, V]."""
         x_BTC = self.norm(x_BTC)
         table = self.embedding if self.head is None else self.head
-        logits = table.logits(x_BTC) if isinstance(table, PackedEmbedding) else F.linear(x_BTC, table.weight)
+        logits = F.linear(x_BTC, table.weight) if isinstance(table, nn.Embedding) else table.logits(x_BTC)
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -160,7 +160,7 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding(rows, width, _weight=weight_RW)
 
 
-def _shallow(module: M) -> M:
+def shallow(module: M) -> M:
     """A new module object that shares parameters, buffers and children with `module`, without its hooks."""
     twin = copy.copy(module)
     twin._parameters = dict(module._parameters)

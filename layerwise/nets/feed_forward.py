@@ -22,7 +22,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) where the row is not gated."""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) where the row is not gated.
+
+    `gate_up` may stand for gate and up, one above the other.
+    """
 
     gate: nn.Module
     up: nn.Module
@@ -37,7 +40,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.spec.gated:
-            gate, up = self.act(self.gate(x)), self.up(x)
+            joined = self._modules.get("gate_up")
+            gate, up = (self.gate(x), self.up(x)) if joined is None else joined(x).chunk(2, -1)
+            gate = self.act(gate)
             inner = gate * up if torch.is_grad_enabled() else gate.mul_(up)  # a new tensor costs as much as the product
             return self.down(inner)  # type: ignore[no-any-return]
         return self.down(self.act(self.up(x)))  # type: ignore[no-any-return]

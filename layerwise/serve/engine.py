@@ -27,6 +27,7 @@ from layerwise.serve.sequence import Sequence as Running
 from layerwise.serve.table import LayerTable, layer_table
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
+from layerwise.stack.prepared import prepared
 
 MOST_CACHED = 1 << 17
 """Tokens that the cache holds where memory allows and nothing else is said."""
@@ -48,13 +49,15 @@ class Engine:
     `running` sequences and `step_tokens` tokens at most share a step; up to `waiting` requests queue. `cache_tokens`
     tokens in blocks of `block` are kept (by default up to 131072, in at most a quarter of the free memory). `table`
     says what each layer keeps and who runs it. `groups` splits prompts by layers instead of by tokens, `drafter`
-    guesses tokens ahead, `action` runs a span of layers, `eviction` orders what the prefix cache lets go.
+    guesses tokens ahead, `action` runs a span of layers, `eviction` orders what the prefix cache lets go. With
+    `prepare` the engine runs a copy of the blocks laid out for speed, without hooks.
     """
 
     def __init__(self, stack: Stack, *, running: int = 64, waiting: int = 4096, step_tokens: int = 512,
                  cache_tokens: int | None = None, block: int = 16, prefix_cache: bool = True,
                  table: LayerTable | None = None, groups: Callable[[int], int] = whole,
-                 drafter: Drafter | None = None, action: Action = in_order, eviction: Eviction = recency) -> None:
+                 drafter: Drafter | None = None, action: Action = in_order, eviction: Eviction = recency,
+                 prepare: bool = True) -> None:
         if not isinstance(stack, DecoderStack):
             raise BadModel(f"{type(stack).__name__} {stack.name}",
                            expected="a decoder language model of a known family",
@@ -62,13 +65,13 @@ class Engine:
         for name, value in (("running", running), ("waiting", waiting), ("step_tokens", step_tokens), ("block", block)):
             if value < 1:
                 raise BadOption(f"{name}={value}", expected="1 or more", do="change it or leave it out")
-        self.stack, self.waiting = stack, waiting
+        self.stack, self.waiting = prepared(stack) if prepare else stack, waiting
         self.table = table or layer_table(stack.spec)
         tokens = cache_tokens or _cache_tokens(stack, self.table)
         blocks = max(2, -(-tokens // block))
         self.caches = Caches(self.table, blocks, block, share=prefix_cache, eviction=eviction)
         self.scheduler = Scheduler(self.caches, len(stack), Limits(running, max(step_tokens, running), groups=groups))
-        self.runner = Runner(stack, self.table, blocks, block)
+        self.runner = Runner(self.stack, self.table, blocks, block)
         self.drafter, self.action = drafter, action
         if drafter is not None:
             drafter.begin(self.runner)

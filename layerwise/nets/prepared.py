@@ -1,0 +1,133 @@
+"""Blocks laid out for fast inference: matrices that read the same input as one, dense ones in oneDNN's own layout.
+
+The decoder stays the same; only its modules are exchanged. Results are the same bits as those of the modules they
+stand for, up to a matrix product's order of summation.
+
+Shapes: O outputs, I inputs, C width, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise.nets.attention import Attention
+from layerwise.nets.decoder import Block, Branch, shallow
+from layerwise.nets.feed_forward import Experts, FeedForward
+from layerwise.nets.norms import RMSNorm
+from layerwise.nets.packed import PackedLinear
+
+FEW_TOKENS = 16
+"""Up to this many tokens one fused kernel on twice the width is faster than the five of the plain norm."""
+
+
+class PrepackedLinear(nn.Module):
+    """A dense linear layer whose weight lies as oneDNN wants it; bfloat16 on a CPU, nothing is differentiated.
+
+    Reading the weight of one token's product takes half the time that it takes from the plain layout.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OI.shape
+        self.bias = bias_O
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), None)
+
+    @staticmethod
+    def fits(weight_OI: Tensor) -> bool:
+        """Whether this machine and build of torch have the layout for the weight."""
+        return (weight_OI.dtype == torch.bfloat16 and weight_OI.device.type == "cpu"
+                and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The same, for a table that serves as the output head."""
+        return self(x)  # type: ignore[no-any-return]
+
+
+class FastRMSNorm(nn.Module):
+    """RMS norm of few tokens as the layer norm of [x, -x], whose mean is zero and whose variance is the mean square."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.width = len(norm.weight)
+        self.twice = torch.cat([norm.weight, norm.weight]).detach()
+        self.shape = (2 * self.width,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > FEW_TOKENS * self.width:
+            return self.norm(x)  # type: ignore[no-any-return]
+        both = F.layer_norm(torch.cat([x, -x], -1), self.shape, self.twice, None, self.norm.eps)
+        return both[..., : self.width].contiguous()
+
+
+def prepare(block: Block) -> Block:
+    """A copy of `block` for inference only: its parts are joined and laid out, its hooks left out."""
+    new = shallow(block)
+    new.attention, new.feed_forward = _branch(block.attention), _branch(block.feed_forward)
+    return new
+
+
+def prepare_norm(norm: nn.Module) -> nn.Module:
+    """The norm itself, or one that is faster for few tokens."""
+    return FastRMSNorm(norm) if isinstance(norm, RMSNorm) and norm.offset == 0.0 else norm
+
+
+def prepare_linear(linear: nn.Module) -> nn.Module:
+    """The layer itself, or one in a better layout."""
+    if type(linear) is nn.Linear and PrepackedLinear.fits(linear.weight):
+        return PrepackedLinear(linear.weight, linear.bias)
+    return linear
+
+
+def _branch(branch: Branch | None) -> Branch | None:
+    if branch is None:
+        return None
+    new = shallow(branch)
+    new.norm = prepare_norm(branch.norm)
+    if new.post_norm is not None:
+        new.post_norm = prepare_norm(new.post_norm)
+    new.body = shallow(branch.body)
+    if isinstance(new.body, Experts):
+        return new
+    if isinstance(new.body, Attention):
+        _join(new.body, "qkv", ("q", "k", "v"))
+    if isinstance(new.body, FeedForward):
+        _join(new.body, "gate_up", ("gate", "up"))
+    for name, child in list(new.body.named_children()):
+        setattr(new.body, name, prepare_linear(child))
+    return new
+
+
+def _join(body: nn.Module, name: str, parts: Sequence[str]) -> None:
+    """Make one layer of several that read the same input, where all are stored alike."""
+    layers = [getattr(body, part, None) for part in parts]
+    joined = _stacked([layer for layer in layers if layer is not None]) if all(layers) else None
+    if joined is not None:
+        for part in parts:
+            del body._modules[part]
+        body.add_module(name, joined)
+
+
+def _stacked(layers: list[nn.Module]) -> nn.Module | None:
+    first = layers[0]
+    biases = [layer.bias for layer in layers]
+    if len({bias is None for bias in biases}) > 1:
+        return None
+    bias_O = None if biases[0] is None else torch.cat([bias for bias in biases if isinstance(bias, Tensor)])
+    if all(type(layer) is nn.Linear for layer in layers):
+        weight_OI = torch.cat([layer.weight for layer in layers])  # type: ignore[misc]
+        joined = nn.Linear(1, 1, bias=bias_O is not None)
+        joined.out_features, joined.in_features = weight_OI.shape
+        joined.weight = nn.Parameter(weight_OI, requires_grad=False)
+        joined.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)  # type: ignore[assignment]
+        return joined
+    if all(isinstance(layer, PackedLinear) and layer.format == first.format for layer in layers):
+        return PackedLinear.stacked(layers, bias_O)  # type: ignore[arg-type]
+    return None

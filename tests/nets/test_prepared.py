@@ -1,0 +1,98 @@
+"""Blocks laid out for speed compute what the blocks they stand for compute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from layerwise.generate.sample import next_logits
+from layerwise.nets.decoder import Block
+from layerwise.nets.prepared import FastRMSNorm, PrepackedLinear
+from layerwise.spec import Attention, FeedForward, LayerSpec
+from layerwise.stack.decoder import Caches, DecoderStack
+from layerwise.stack.prepared import prepared
+from layerwise.testing.stacks import random_stack
+from layerwise.transform.base import Transform
+from layerwise.transform.drop import Drop
+from layerwise.transform.quantize import Quantize
+from layerwise.transform.share_kv import ShareKV
+
+PLAIN = LayerSpec(Attention(heads=4, kv_heads=2, head_dim=16), FeedForward(width=96))
+ROWS = {
+    "plain": PLAIN,
+    "biases": LayerSpec(Attention(4, 2, 16, qkv_bias=True, out_bias=True), FeedForward(96, bias=True)),
+    "norms": replace(PLAIN, mixer=Attention(4, 2, 16, qk_norm=True, softcap=5.0), post_norm=True),
+    "not gated": replace(PLAIN, feed_forward=FeedForward(96, gated=False, activation="gelu")),
+    "experts": replace(PLAIN, feed_forward=FeedForward(32, experts=4, experts_per_token=2)),
+}
+EDITS: dict[str, Transform] = {
+    "4 bits": Quantize(4), "5 bits": Quantize(5), "8 bits": Quantize(8, group=0, symmetric=True),
+    "some of 4 bits": Quantize(4, matrices=("q", "v", "up")), "shared": ShareKV(0),
+    "no attention": Drop("attention"), "no feed-forward": Drop("feed_forward")}
+TOKENS_BT = torch.randint(97, (2, 21), generator=torch.Generator().manual_seed(2))
+
+
+def agree(stack: DecoderStack) -> None:
+    fast = prepared(stack)
+    bits = stack.spec.dtype == "bfloat16"
+    with torch.inference_mode():
+        expected, found = stack(TOKENS_BT), fast(TOKENS_BT)
+        assert torch.isfinite(found).all()
+        scale = float(expected.float().std())
+        torch.testing.assert_close(found, expected, rtol=0, atol=scale * (0.1 if bits else 1e-4))
+        caches: tuple[Caches, Caches] = {}, {}
+        for start, stop in ((0, 7), (7, 8), (8, 9), (9, 21)):
+            parts = [next_logits(one, TOKENS_BT[:, start:stop], cache)
+                     for one, cache in zip((stack, fast), caches, strict=True)]
+            torch.testing.assert_close(*parts, rtol=0, atol=scale * (0.1 if bits else 1e-4))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_of_any_kind(row: str, dtype: str) -> None:
+    agree(random_stack(3, row=ROWS[row], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_rows(edit: str, dtype: str) -> None:
+    stack, change = random_stack(3, dtype=dtype), EDITS[edit]
+    row = change.edit(stack.spec.rows[1], 64)
+    blocks = [stack.block(layer) for layer in range(3)]
+    changed = change.apply(blocks[1], stack.spec.rows[1])
+    assert changed is not None
+    agree(stack.rebuilt(stack.spec.with_rows({1: row}), [blocks[0], changed, blocks[2]]))
+
+
+def test_the_original_is_left_alone() -> None:
+    stack = random_stack(2, dtype="bfloat16")
+    before = {name: tensor.clone() for name, tensor in stack.tensors()}
+    fast = prepared(stack)
+    after = dict(stack.tensors())
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    block = fast.block(0)
+    assert isinstance(block, Block) and block.attention is not None
+    assert [name for name, _ in block.attention.body.named_children()] == ["o", "qkv"]
+
+
+@pytest.mark.skipif(not PrepackedLinear.fits(torch.zeros(4, 4, dtype=torch.bfloat16)), reason="no oneDNN with bfloat16")
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_dense_layers_give_the_same_bits(tokens: int) -> None:
+    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((1, tokens, 48), (96, 48), (96,)))
+    for b in (None, bias):
+        assert torch.equal(PrepackedLinear(weight, b)(x), torch.nn.functional.linear(x, weight, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_norms_are_the_norm(tokens: int, dtype: torch.dtype) -> None:
+    from layerwise.nets.norms import RMSNorm
+
+    norm = RMSNorm(64, 1e-5, 0.0).to(dtype)
+    norm.weight.data = torch.rand(64).to(dtype) + 0.5
+    x = 3 * torch.randn(1, tokens, 64).to(dtype)
+    exact = torch.nn.functional.rms_norm(x.double(), (64,), norm.weight.double(), 1e-5)
+    found = FastRMSNorm(norm)(x)
+    torch.testing.assert_close(found.double(), exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
