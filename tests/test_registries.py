@@ -102,6 +102,7 @@ INFRASTRUCTURE = {
         "gptq": "one of the ways in which quantize rounds",
         "gram": "the statistics that GPTQ reads",
         "closed_form": "the algebra of model editing",
+        "descent": "the polish after GPTQ, one of the ways in which quantize rounds",
         "model_editing": "changes what is said about one subject, which no row of the table shows",
         "moments": "statistics of inputs, shared by several",
         "output_error": "estimates for the allocator, before anything is built",

@@ -23,7 +23,9 @@ class Transform(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Statistics `apply` reads: empty, or {"gram"}."""
+    """Statistics without which `apply` cannot work: empty, or {"gram"}."""
+    wants: ClassVar[frozenset[str]] = frozenset()
+    """Statistics that `apply` uses where they are at hand, and does without where they are not."""
 
     @abstractmethod
     def edit(self, row: LayerSpec, hidden: int) -> LayerSpec | None:

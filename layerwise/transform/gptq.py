@@ -3,12 +3,17 @@
 Minimises the error of the layer's outputs, tr(E H E') with E = W - W_rounded and H = sum(x x') over
 calibration inputs. Columns are taken in order of decreasing H_ii (act-order); scales belong to contiguous
 groups and are fixed before the first column is rounded.
-Source: Frantar et al., GPTQ, 2022 (arXiv 2210.17323).
+
+With H = M diag(p) M' for unit upper triangular M, the error is sum_k p_k (E_k + sum_{j<k} E_j M_jk)^2, so column k
+is rounded where W_k + sum_{j<k} E_j M_jk lies. That is GPTQ without an inverse (QuIP shows the two equal).
+Sources: Frantar et al., GPTQ, 2022 (arXiv 2210.17323); Chee et al., QuIP, 2023 (arXiv 2307.13304), theorem 6.
 
 Shapes: O outputs, I inputs, G groups in a row.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,71 +21,91 @@ from torch import Tensor
 from layerwise.errors import BadData
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Format
-from layerwise.transform.rounding import Rounded, code_value, nearest_code, round_to_nearest
+from layerwise.transform.descent import descend
+from layerwise.transform.rounding import Grid, Rounded, check_finite, code_values, find_grid, nearest_codes, stored
 
-BLOCK = 128
-DAMPING = 0.01
+BLOCK = 32
+DAMPING = 0.25
+"""Of each input's own second moment. That much hardly costs anything on text like the calibration text, and on
+other text, where inputs correlate otherwise, it is what keeps compensation from doing harm."""
 
 
-def gptq(weight_OI: Tensor, gram_II: Tensor, format: Format, *, search: int = 0, block: int = BLOCK,
-         damping: float = DAMPING, what: str = "the matrix") -> Rounded:
+@dataclass(frozen=True)
+class Factor:
+    """A damped Gram matrix H [I, I], the order in which inputs are rounded, its inverse, and M in that order."""
+
+    hessian_II: Tensor
+    order_I: Tensor
+    back_I: Tensor
+    unit_II: Tensor
+
+
+def gptq(weight_OI: Tensor, gram_II: Tensor, format: Format, *, search: int = 0, sweeps: int = 0,
+         block: int = BLOCK, damping: float = DAMPING, what: str = "the matrix") -> Rounded:
     """Codes, scales and zeros of `weight_OI` for inputs with Gram matrix `gram_II`.
 
-    `search` refines the scales as in `round_to_nearest`, weighted by the diagonal of the Gram matrix.
-    `damping`, a part of the mean diagonal, is added to it, and raised tenfold until the matrix can be
-    factorised; inputs that were never active are rounded to nearest. A row that comes out no better than
-    plain rounding keeps plain rounding, so the error is never larger. Raises BadData where the Gram matrix
-    is not finite or of another size, and BadModel where weights are not finite.
+    `search` refines the scales as in `round_to_nearest`, weighted by the diagonal of the Gram matrix; `sweeps`
+    passes of coordinate descent follow. `damping`, a part of every input's own second moment, is added to
+    the diagonal, and raised tenfold until the matrix can be factorised; inputs that were never active are
+    rounded to nearest. A row that comes out no better than plain rounding keeps plain rounding, so the error
+    is never larger. Matrices that read the same inputs are rounded faster as one, stacked on their outputs.
+    Raises BadData where the Gram matrix is not finite or of another size, BadModel where weights are not finite.
     """
-    check_gram(weight_OI, gram_II, what)
-    diagonal_I = gram_II.diagonal().float()
-    rounded = round_to_nearest(weight_OI, format, search=search, importance_I=diagonal_I, what=what)
-    order_I = diagonal_I.argsort(descending=True, stable=True)
-    group_I = torch.div(order_I, format.group or len(order_I), rounding_mode="floor")
-    scale_IO = rounded[1].float().T[group_I]
-    zero_IO = None if rounded[2] is None else rounded[2].float().T[group_I]
-    factor_II = inverse_factor(gram_II[order_I][:, order_I], damping).float()
-    codes_IO = _compensated(weight_OI.float().T[order_I], factor_II, scale_IO, zero_IO, format.bits, block)
-    codes_OI = codes_IO[order_I.argsort()].T.to(torch.uint8)
-    return _better_rows(weight_OI, gram_II, codes_OI, rounded, format), rounded[1], rounded[2]
+    check_finite(weight_OI, what)
+    check_gram(gram_II, weight_OI.shape[1], what)
+    w_IO, gram_II = weight_OI.T.float().contiguous(), gram_II.float()
+    plain = find_grid(w_IO, format, search, gram_II.diagonal())
+    plain_IO = nearest_codes(w_IO, plain, format)
+    factor = factorised(gram_II, damping)
+    codes_IO, grid = compensated(w_IO, factor, plain, format, block), plain
+    if sweeps:
+        codes_IO, grid = descend(w_IO, codes_IO, grid, factor.hessian_II, format, sweeps)
+    better_O = _error(w_IO, codes_IO, grid, format, gram_II) < _error(w_IO, plain_IO, plain, format, gram_II)
+    return stored(torch.where(better_O, codes_IO, plain_IO), plain.better(grid, better_O))
 
 
-def inverse_factor(gram_II: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with U' U = (H / mean(diag H) + damping * 1)^-1, float64.
+def factorised(gram_II: Tensor, damping: float = DAMPING) -> Factor:
+    """Order and M of a Gram matrix with `damping` times its diagonal added, float32.
 
-    With H = R R' for upper triangular R (the Cholesky factor of H in reversed order), U = R^-1. Inputs that
-    were never active count as independent of all others.
+    Inputs are scaled to unit power before factorising, which keeps float32 exact enough. Inputs that were
+    never active count as independent of all others.
     """
-    gram_II = gram_II.double()
-    diagonal_I = gram_II.diagonal()
-    dead_I = diagonal_I <= 0
-    mean = float(diagonal_I[~dead_I].mean()) if bool((~dead_I).any()) else 1.0
-    gram_II = gram_II / mean + torch.diag(dead_I.double())
-    eye_II = torch.eye(len(gram_II), dtype=torch.float64, device=gram_II.device)
+    power_I = gram_II.diagonal().float()
+    order_I = power_I.argsort(descending=True, stable=True)
+    last_I = order_I.flip(0)
+    hessian_II = gram_II.float() + torch.diag(torch.where(power_I > 0, 0.0, 1.0))
+    size_I = hessian_II.diagonal().sqrt()[last_I]
+    scaled_II = hessian_II[last_I][:, last_I].div_(size_I[:, None]).div_(size_I)
+    added = 0.0
     while True:
-        lower_II, failed = torch.linalg.cholesky_ex((gram_II + damping * eye_II).flip(0, 1))
+        scaled_II.diagonal().add_(damping - added)
+        lower_II, failed = torch.linalg.cholesky_ex(scaled_II)
         if not failed:
-            factor_II: Tensor = torch.linalg.solve_triangular(lower_II, eye_II, upper=False).flip(0, 1)
-            return factor_II
-        damping *= 10
+            break
+        added, damping = damping, 10 * damping
+    unit_II = (lower_II / lower_II.diagonal()).mul_(size_I[:, None]).div_(size_I).flip(0, 1).contiguous()
+    hessian_II.diagonal().mul_(1 + damping)
+    return Factor(hessian_II, order_I, order_I.argsort(), unit_II)
 
 
-def _compensated(w_IO: Tensor, factor_II: Tensor, scale_IO: Tensor, zero_IO: Tensor | None, bits: int,
-                 block: int) -> Tensor:
-    """Codes for the inputs in order; `w_IO` is changed in place, block by block."""
-    codes_IO = torch.empty_like(w_IO)
+def compensated(w_IO: Tensor, factor: Factor, grid: Grid, format: Format, block: int = BLOCK) -> Tensor:
+    """Codes on a grid [G, O], float32 [I, O], each column making up for the errors of those before it."""
+    slope_GO, offset_GO, first_GO = (part.unbind(0) for part in grid.line(format.bits))
+    scale_GO, top = grid.scale.unbind(0), 2**format.bits - 1
+    groups = torch.div(factor.order_I, format.group or len(w_IO), rounding_mode="floor").tolist()
+    w_IO, unit_II = w_IO[factor.order_I], factor.unit_II
+    codes_IO, error_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
     for start in range(0, len(w_IO), block):
         stop = min(start + block, len(w_IO))
-        error_IO = torch.empty_like(w_IO[start:stop])
+        target_BO = torch.addmm(w_IO[start:stop], unit_II[:start, start:stop].T, error_IO[:start])
         for index in range(start, stop):
-            zero_O = None if zero_IO is None else zero_IO[index]
-            codes_IO[index] = nearest_code(w_IO[index], scale_IO[index], zero_O, bits)
-            value_O = code_value(codes_IO[index], scale_IO[index], zero_O, bits)
-            error_O = (w_IO[index] - value_O) / factor_II[index, index]
-            w_IO[index + 1 : stop].addr_(factor_II[index, index + 1 : stop], error_O, alpha=-1)
-            error_IO[index - start] = error_O
-        w_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_IO, alpha=-1)
-    return codes_IO
+            group = groups[index]
+            target_O = torch.addmv(target_BO[index - start], error_IO[start:index].T, unit_II[start:index, index])
+            code_O = torch.addcmul(offset_GO[group], target_O, slope_GO[group], out=codes_IO[index])
+            code_O.round_().clamp_(0, top)
+            value_O = torch.addcmul(first_GO[group], code_O, scale_GO[group])
+            torch.sub(w_IO[index], value_O, out=error_IO[index])
+    return codes_IO[factor.back_I]
 
 
 def output_error(weight_OI: Tensor, gram_II: Tensor, rounded: Rounded, format: Format) -> Tensor:
@@ -89,17 +114,14 @@ def output_error(weight_OI: Tensor, gram_II: Tensor, rounded: Rounded, format: F
     return ((error_OI @ gram_II.float()) * error_OI).sum(1)
 
 
-def _better_rows(weight_OI: Tensor, gram_II: Tensor, codes_OI: Tensor, rounded: Rounded,
-                 format: Format) -> Tensor:
-    compensated = output_error(weight_OI, gram_II, (codes_OI, *rounded[1:]), format)
-    plain = output_error(weight_OI, gram_II, rounded, format)
-    return torch.where((compensated < plain)[:, None], codes_OI, rounded[0])
-
-
-def check_gram(weight_OI: Tensor, gram_II: Tensor, what: str = "the matrix") -> None:
-    """Raises BadData where a Gram matrix does not fit the inputs of a weight, or is not finite."""
-    inputs = weight_OI.shape[1]
+def check_gram(gram_II: Tensor, inputs: int, what: str) -> None:
+    """Raises BadData where a Gram matrix is not finite or of another size than the matrix it belongs to."""
     if gram_II.shape != (inputs, inputs) or not bool(gram_II.isfinite().all()):
         raise BadData(f"a Gram matrix of shape {tuple(gram_II.shape)} for {what}, {inputs} inputs",
                       expected=f"finite numbers, [{inputs}, {inputs}]",
                       do="calibrate on this model, with weights and activations that are finite")
+
+
+def _error(w_IO: Tensor, codes_IO: Tensor, grid: Grid, format: Format, gram_II: Tensor) -> Tensor:
+    error_IO = w_IO - code_values(codes_IO, grid, format)
+    return (gram_II @ error_IO).mul_(error_IO).sum(0)

@@ -1,8 +1,10 @@
-"""Store matrices as integers of 2 to 8 bits, rounded to nearest, with searched scales, or by GPTQ."""
+"""Store matrices as integers of 2 to 8 bits: rounded to nearest, with searched scales, by GPTQ, by descent after it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, get_args
 
@@ -16,9 +18,10 @@ from layerwise.nets.packed import PackedEmbedding, PackedLinear, PackedMatrix
 from layerwise.spec import Format, LayerSpec, Opaque
 from layerwise.transform.base import Stats, Transform
 from layerwise.transform.gptq import gptq
-from layerwise.transform.rounding import Rounded, round_to_nearest
+from layerwise.transform.rounding import Rounded, check_finite, round_to_nearest
 
-Method = Literal["nearest", "search", "gptq"]
+Method = Literal["nearest", "search", "gptq", "descent"]
+SWEEPS = {"gptq": 0, "descent": 2}
 SEARCH_STEPS = 8
 
 
@@ -33,8 +36,9 @@ class Quantize(Transform):
 
     `group` inputs share a scale (0: the whole row); `group` and `symmetric` left None take the width's
     default format. `nearest` keeps each group's full range, `search` looks for the range with the least
-    squared error, `gptq` compensates rounding errors on calibration inputs (it also searches). A name that
-    a layer lacks is passed over, so that one setting serves rows of different kinds.
+    squared error, weighted by the inputs' power where statistics are at hand; `gptq` searches, then compensates
+    rounding errors on calibration inputs, and `descent` goes on to improve codes and scales in turn. A name
+    that a layer lacks is passed over, so that one setting serves rows of different kinds.
     """
 
     name: ClassVar[str] = "quantize"
@@ -53,7 +57,8 @@ class Quantize(Transform):
             raise BadOption(f"matrices {unknown}", expected=f"names among {list(MATRICES)}",
                             do="correct the names")
         object.__setattr__(self, "matrices", None if self.matrices is None else tuple(self.matrices))
-        object.__setattr__(self, "needs", frozenset({"gram"} if self.method == "gptq" else ()))
+        object.__setattr__(self, "needs", frozenset({"gram"} if self.method in SWEEPS else ()))
+        object.__setattr__(self, "wants", frozenset({"gram"} if self.method == "search" else ()))
         _ = self.format  # a Format checks itself
 
     @property
@@ -79,8 +84,31 @@ class Quantize(Transform):
         """
         block = cast(Block, block)
         grams = stats or {}
-        return block.with_matrices({name: packed(block.matrix(name), self.format, self.method, grams.get(name),
-                                                 f"matrix {name!r}") for name in self._names(row)})
+        matrices = {name: block.matrix(name) for name in self._names(row)}
+        done = self._together(matrices, grams) if self.method in SWEEPS else {}
+        return block.with_matrices(done | {name: packed(matrix, self.format, self.method, grams.get(name),
+                                                        f"matrix {name!r}")
+                                           for name, matrix in matrices.items() if name not in done})
+
+    def _together(self, matrices: Mapping[str, Matrix], grams: Stats) -> dict[str, Matrix]:
+        """Matrices that read the same inputs, packed as one stacked on its outputs, which is faster."""
+        sharing: dict[int, list[str]] = defaultdict(list)
+        for name, matrix in matrices.items():
+            if name in grams and isinstance(matrix, nn.Linear):
+                check_finite(matrix.weight, f"matrix {name!r}")
+                sharing[id(grams[name])].append(name)
+        done: dict[str, Matrix] = {}
+        for names in sharing.values():
+            weights = [values(matrices[name]) for name in names]
+            rounded = rounded_by(self.method, torch.cat(weights), self.format, grams[names[0]],
+                                 f"matrix {' and '.join(map(repr, names))}")
+            sizes = [len(weight_OI) for weight_OI in weights]
+            codes, scale = rounded[0].split(sizes), rounded[1].split(sizes)
+            zero = [None] * len(names) if rounded[2] is None else rounded[2].split(sizes)
+            for index, name in enumerate(names):
+                done[name] = PackedLinear.from_codes(codes[index], scale[index], zero[index], self.format,
+                                                     bias=matrices[name].bias)
+        return done
 
     def _names(self, row: LayerSpec) -> list[str]:
         return [name for name in row.matrices(hidden=1) if self.matrices is None or name in self.matrices]
@@ -106,10 +134,10 @@ def packed(matrix: Matrix, format: Format, method: Method = "nearest", gram_II: 
 def pack_table(weight_VC: Tensor, format: Format, method: Method = "nearest") -> PackedEmbedding:
     """A token table (embedding or head) in a packed format, for a residual stream of the weights' dtype.
 
-    A table is looked up, so there are no inputs to calibrate on: `gptq` searches. Raises BadModel where
-    weights are not finite.
+    A table is looked up, so there are no inputs to calibrate on: `gptq` and `descent` search. Raises BadModel
+    where weights are not finite.
     """
-    method = "search" if method == "gptq" else method
+    method = "search" if method in SWEEPS else method
     rounded = rounded_by(method, weight_VC.detach(), format, what="the token table")
     return PackedEmbedding.from_codes(*rounded, format, weight_VC.dtype)
 
@@ -119,7 +147,8 @@ def rounded_by(method: Method, weight_OI: Tensor, format: Format, gram_II: Tenso
                what: str = "the matrix") -> Rounded:
     """Codes, scales and zeros of a matrix. A Gram matrix of its inputs weighs what `search` minimises.
 
-    Raises BadData where `gptq` lacks the Gram matrix, BadModel, naming `what`, where weights are not finite.
+    Raises BadData where `gptq` or `descent` lacks the Gram matrix, and BadModel, naming `what`, where weights are
+    not finite.
     """
     if method == "nearest":
         return round_to_nearest(weight_OI, format, what=what)
@@ -127,9 +156,9 @@ def rounded_by(method: Method, weight_OI: Tensor, format: Format, gram_II: Tenso
         importance_I = None if gram_II is None else gram_II.diagonal()
         return round_to_nearest(weight_OI, format, search=SEARCH_STEPS, importance_I=importance_I, what=what)
     if gram_II is None:
-        raise BadData(f"GPTQ on {what} without statistics of its inputs", expected="calibration data",
+        raise BadData(f"{method} on {what} without statistics of its inputs", expected="calibration data",
                       do="pass data, or use method='search', which needs none")
-    return gptq(weight_OI, gram_II, format, search=SEARCH_STEPS, what=what)
+    return gptq(weight_OI, gram_II, format, search=SEARCH_STEPS, sweeps=SWEEPS[method], what=what)
 
 
 def values(module: nn.Module) -> Tensor:

@@ -1,7 +1,8 @@
 """Rounding a matrix to small integers: which scales to store, and the nearest code to every weight.
 
 A group of weights becomes codes q with w ~ (q - 2**(bits - 1)) * scale + zero (no zero where symmetric).
-Scales and zeros are rounded to bfloat16, as they are stored, before codes are chosen.
+Scales and zeros are rounded to bfloat16, as they are stored, before codes are chosen. Matrices are worked on
+transposed, inputs by outputs, so that sums over a group add whole vectors of outputs.
 
 Shapes: O outputs, I inputs, G groups in a row, g inputs in a group.
 """
@@ -17,12 +18,34 @@ from torch import Tensor
 from layerwise.errors import BadModel
 from layerwise.spec import Format
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
+"""Weights rounded at a time, so that intermediates stay in cache."""
+
 SMALLEST_RANGE = 0.5
 """The search tries ranges from the full one down to this part of it."""
 
 Rounded = tuple[Tensor, Tensor, Tensor | None]
 """Codes uint8 [O, I], scale bfloat16 [O, G], zero bfloat16 [O, G] or None where symmetric."""
+
+
+class Grid(NamedTuple):
+    """Scale and zero of each group, rounded to bfloat16 and held in float32: [G, 1, O] or [G, O]."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+    def better(self, other: Grid, where: Tensor) -> Grid:
+        """`other` where the mask says so."""
+        zero = None if self.zero is None or other.zero is None else torch.where(where, other.zero, self.zero)
+        return Grid(torch.where(where, other.scale, self.scale), zero)
+
+    def line(self, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(slope, offset, first) with code = round(w * slope + offset), and `first` the value of code 0."""
+        first = -(2 ** (bits - 1)) * self.scale
+        if self.zero is not None:
+            first = first + self.zero
+        slope = torch.where(self.scale == 0, 0, 1 / self.scale)
+        return slope, torch.where(self.scale == 0, 2.0 ** (bits - 1), -first * slope), first
 
 
 def round_to_nearest(weight_OI: Tensor, format: Format, *, search: int = 0,
@@ -35,10 +58,59 @@ def round_to_nearest(weight_OI: Tensor, format: Format, *, search: int = 0,
     Raises BadModel, naming `what`, where weights are not finite.
     """
     check_finite(weight_OI, what)
-    if importance_I is None:
-        importance_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
-    rows = max(1, CHUNK // weight_OI.shape[1])
-    parts = [_round(part, format, search, importance_I.float()) for part in torch.split(weight_OI, rows)]
+    parts = []
+    for part_OI in torch.split(weight_OI, max(1, CHUNK // weight_OI.shape[1])):
+        w_IO = part_OI.T.float().contiguous()
+        grid = find_grid(w_IO, format, search, importance_I)
+        parts.append(stored(nearest_codes(w_IO, grid, format), grid))
+    return joined(parts)
+
+
+def find_grid(w_IO: Tensor, format: Format, search: int, importance_I: Tensor | None) -> Grid:
+    """Scale and zero [G, O] of float32 weights [I, O], as `round_to_nearest` chooses them."""
+    importance_I = torch.ones(len(w_IO), device=w_IO.device) if importance_I is None else importance_I.float()
+    parts = []
+    for part_IO in w_IO.split(max(1, CHUNK // len(w_IO)), 1):
+        w_GgO, h_G1g = _grouped(part_IO, importance_I, format)
+        parts.append(_searched(w_GgO, h_G1g, format, search))
+    scale_GO = torch.cat([part.scale for part in parts], -1)[:, 0]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Grid(scale_GO, torch.cat(zeros, -1)[:, 0] if zeros else None)
+
+
+def nearest_codes(w_IO: Tensor, grid: Grid, format: Format) -> Tensor:
+    """The codes of the values nearest to the weights, float32 [I, O]."""
+    group = format.group or len(w_IO)
+    slope_GO, offset_GO, _ = grid.line(format.bits)
+    codes = [torch.addcmul(offset_O, part_gO, slope_O).round_().clamp_(0, 2**format.bits - 1)
+             for part_gO, slope_O, offset_O in zip(w_IO.split(group), slope_GO, offset_GO, strict=True)]
+    return torch.cat(codes)
+
+
+def code_values(codes_IO: Tensor, grid: Grid, format: Format) -> Tensor:
+    """What codes stand for, float32 [I, O]."""
+    group = format.group or len(codes_IO)
+    zeros = [None] * len(grid.scale) if grid.zero is None else list(grid.zero)
+    return torch.cat([code_value(part_gO, scale_O, zero_O, format.bits) for part_gO, scale_O, zero_O
+                      in zip(codes_IO.split(group), grid.scale, zeros, strict=True)])
+
+
+def code_value(code: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """What one code stands for; all arguments broadcast."""
+    half: int = 2 ** (bits - 1)
+    value = (code - half) * scale
+    return value if zero is None else value + zero
+
+
+def stored(codes_IO: Tensor, grid: Grid) -> Rounded:
+    """Codes [I, O] and their grid [G, O] as they are kept."""
+    scale_OG, zero_OG = (None if part is None else part.T.contiguous().bfloat16() for part in grid)
+    assert scale_OG is not None
+    return codes_IO.to(torch.uint8).T.contiguous(), scale_OG, zero_OG
+
+
+def joined(parts: list[Rounded]) -> Rounded:
+    """The outputs of several matrices, one after the other."""
     zeros = [zero for _, _, zero in parts if zero is not None]
     codes, scale = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     return codes, scale, torch.cat(zeros) if zeros else None
@@ -52,98 +124,58 @@ def check_finite(weight_OI: Tensor, what: str) -> None:
                        expected="finite weights", do="repair or retrain the model, or download it again")
 
 
-def nearest_code(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """The code, as a float, of the value nearest to each weight; all arguments broadcast."""
-    half: int = 2 ** (bits - 1)
-    offset = weight if zero is None else weight - zero
-    return (offset / torch.where(scale == 0, 1, scale)).round_().add_(half).clamp_(0, 2**bits - 1)
-
-
-def code_value(code: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """What a code stands for."""
-    half: int = 2 ** (bits - 1)
-    value = (code - half) * scale
-    return value if zero is None else value + zero
-
-
-class _Grid(NamedTuple):
-    """Scale and zero of each group, [O, G, 1], rounded to bfloat16 and held in float32."""
-
-    scale: Tensor
-    zero: Tensor | None
-
-    def better(self, other: _Grid, where: Tensor) -> _Grid:
-        """`other` where the mask says so."""
-        zero = None if self.zero is None or other.zero is None else torch.where(where, other.zero, self.zero)
-        return _Grid(torch.where(where, other.scale, self.scale), zero)
-
-
-def _round(weight_OI: Tensor, format: Format, search: int, importance_I: Tensor) -> Rounded:
-    bits, columns = format.bits, weight_OI.shape[1]
-    w_OGg, h_Gg = _grouped(weight_OI.float(), importance_I, format)
-    grid = _searched(w_OGg, h_Gg, format, search)
-    codes_OGg = nearest_code(w_OGg, *grid, bits)
-    zero = None if grid.zero is None else grid.zero[..., 0].bfloat16()
-    return codes_OGg.flatten(1)[:, :columns].to(torch.uint8), grid.scale[..., 0].bfloat16(), zero
-
-
-def _grouped(w_OI: Tensor, h_I: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Weights [O, G, g], importances [G, g]; a last group is filled with its last weight at importance 0."""
-    group = format.group or w_OI.shape[1]
-    missing = -w_OI.shape[1] % group
+def _grouped(w_IO: Tensor, h_I: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Weights [G, g, O], importances [G, 1, g]; a last group is filled with its last weight at importance 0."""
+    group = format.group or len(w_IO)
+    missing = -len(w_IO) % group
     if missing:
-        w_OI = torch.cat([w_OI, w_OI[:, -1:].expand(-1, missing)], 1)
-    return w_OI.reshape(len(w_OI), -1, group), F.pad(h_I, (0, missing)).view(-1, group)
+        w_IO = torch.cat([w_IO, w_IO[-1:].expand(missing, -1)])
+    return w_IO.reshape(-1, group, w_IO.shape[1]), F.pad(h_I, (0, missing)).view(-1, 1, group)
 
 
-def _searched(w_OGg: Tensor, h_Gg: Tensor, format: Format, search: int) -> _Grid:
-    low, high = w_OGg.amin(-1, keepdim=True), w_OGg.amax(-1, keepdim=True)
+def _searched(w_GgO: Tensor, h_G1g: Tensor, format: Format, search: int) -> Grid:
+    low, high = w_GgO.amin(1, keepdim=True), w_GgO.amax(1, keepdim=True)
     best = _covering(low, high, format)
     least = torch.full_like(low, torch.inf)
     middle = torch.zeros_like(low) if format.symmetric else (low + high) / 2
     for step in range(search):
         part = 1 - (1 - SMALLEST_RANGE) * step / search
         grid = _covering(middle + (low - middle) * part, middle + (high - middle) * part, format)
-        codes, error = _try(w_OGg, h_Gg, grid, format.bits)
+        codes, error = _try(w_GgO, h_G1g, grid, format.bits)
         best, least = best.better(grid, error < least), torch.minimum(error, least)
-        grid, error = _refined(w_OGg, h_Gg, codes, format)
+        grid = _refined(w_GgO, h_G1g, codes.sub_(2 ** (format.bits - 1)), format)
+        _, error = _try(w_GgO, h_G1g, grid, format.bits)
         best, least = best.better(grid, error < least), torch.minimum(error, least)
     return best
 
 
-def _covering(low: Tensor, high: Tensor, format: Format) -> _Grid:
+def _covering(low: Tensor, high: Tensor, format: Format) -> Grid:
     """The finest grid that reaches from `low` to `high`."""
     levels, half = 2**format.bits - 1, 2 ** (format.bits - 1)
     if format.symmetric:
-        return _Grid(_stored(torch.maximum(high / (half - 1), -low / half)), None)
-    scale = _stored(high / levels - low / levels)
-    return _Grid(scale, _stored(low / 2 + high / 2 + scale / 2))
+        return Grid(rounded_scale(torch.maximum(high / (half - 1), -low / half)), None)
+    scale = rounded_scale(high / levels - low / levels)
+    return Grid(scale, rounded_scale(low / 2 + high / 2 + scale / 2))
 
 
-def _refined(w_OGg: Tensor, h_Gg: Tensor, codes_OGg: Tensor, format: Format) -> tuple[_Grid, Tensor]:
-    """The least-squares grid for given codes, and its error after choosing codes anew."""
-    q = codes_OGg - 2 ** (format.bits - 1)
+def _refined(w_GgO: Tensor, h_G1g: Tensor, q_GgO: Tensor, format: Format) -> Grid:
+    """The grid with the least weighted squared error for given codes minus the middle one."""
+    qw, qq = torch.bmm(h_G1g, q_GgO * w_GgO), torch.bmm(h_G1g, q_GgO * q_GgO)
     if format.symmetric:
-        grid = _Grid(_slope(q, w_OGg, h_Gg), None)
-    else:
-        total = h_Gg.sum(-1, keepdim=True)
-        q_mean, w_mean = (_ratio((h_Gg * part).sum(-1, keepdim=True), total) for part in (q, w_OGg))
-        scale = _slope(q - q_mean, w_OGg, h_Gg)
-        grid = _Grid(scale, _stored(w_mean - scale * q_mean))
-    return grid, _try(w_OGg, h_Gg, grid, format.bits)[1]
+        return Grid(rounded_scale(_ratio(qw, qq)), None)
+    total = h_G1g.sum(-1, keepdim=True)
+    q_mean, w_mean = (_ratio(torch.bmm(h_G1g, part), total) for part in (q_GgO, w_GgO))
+    scale = rounded_scale(_ratio(qw - q_mean * w_mean * total, qq - q_mean * q_mean * total))
+    return Grid(scale, rounded_scale(w_mean - scale * q_mean))
 
 
-def _slope(q_OGg: Tensor, w_OGg: Tensor, h_Gg: Tensor) -> Tensor:
-    """The scale with the least weighted squared error of q * scale - w."""
-    hq_OGg = h_Gg * q_OGg
-    return _stored(_ratio((hq_OGg * w_OGg).sum(-1, keepdim=True), (hq_OGg * q_OGg).sum(-1, keepdim=True)))
-
-
-def _try(w_OGg: Tensor, h_Gg: Tensor, grid: _Grid, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes on a grid, and each group's weighted squared error, [O, G, 1]."""
-    codes_OGg = nearest_code(w_OGg, *grid, bits)
-    error_OGg = code_value(codes_OGg, *grid, bits).sub_(w_OGg).square_().mul_(h_Gg)
-    return codes_OGg, error_OGg.sum(-1, keepdim=True)
+def _try(w_GgO: Tensor, h_G1g: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes on a grid, and each group's weighted squared error, [G, 1, O]; infinite where the scale is 0."""
+    slope, offset, _ = grid.line(bits)
+    exact_GgO = torch.addcmul(offset, w_GgO, slope)
+    codes_GgO = exact_GgO.round().clamp_(0, 2**bits - 1)
+    error_G1O = torch.bmm(h_G1g, exact_GgO.sub_(codes_GgO).square_()).mul_(grid.scale * grid.scale)
+    return codes_GgO, error_G1O.masked_fill_(grid.scale == 0, torch.inf)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
@@ -151,5 +183,6 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
     return torch.where(below > 0, above / below.clamp_min(1e-38), 0)
 
 
-def _stored(value: Tensor) -> Tensor:
+def rounded_scale(value: Tensor) -> Tensor:
+    """To bfloat16 precision, as scales and zeros are stored."""
     return value.bfloat16().float()

@@ -11,7 +11,7 @@ from torch import Tensor
 from layerwise.errors import BadData, BadModel
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Format
-from layerwise.transform.gptq import gptq, inverse_factor, output_error
+from layerwise.transform.gptq import factorised, gptq, output_error
 from layerwise.transform.rounding import Rounded, round_to_nearest
 
 FOUR, THREE = Format(4, 32), Format(3, 32)
@@ -33,7 +33,7 @@ def slow_gptq(weight_OI: Tensor, gram_II: Tensor, rounded: Rounded, format: Form
     inverse is that of the damped Gram matrix of the inputs not yet rounded, computed anew each time.
     """
     w, gram = weight_OI.double().clone(), gram_II.double()
-    gram = gram + damping * gram.diagonal().mean() * torch.eye(len(gram))
+    gram = gram + damping * torch.diag(gram.diagonal())
     _, scale, zero = rounded
     half = 2 ** (format.bits - 1)
     left = gram_II.diagonal().argsort(descending=True, stable=True).tolist()
@@ -55,11 +55,11 @@ def slow_gptq(weight_OI: Tensor, gram_II: Tensor, rounded: Rounded, format: Form
 def test_matches_the_slow_loop(format: Format, block: int) -> None:
     weight, gram = problem()
     plain = round_to_nearest(weight, format)
-    codes = gptq(weight, gram, format, block=block)[0]
+    codes = gptq(weight, gram, format, block=block, damping=0.01)[0]
     slow = slow_gptq(weight, gram, plain, format, 0.01)
     kept = (codes == plain[0]).all(1)  # rows where plain rounding was no worse
     agree = (codes == slow).float().mean(1)
-    assert kept.float().mean() < 0.2
+    assert kept.float().mean() < 0.5
     assert (agree[~kept] > 0.97).all(), "float32 may flip a tie, and what follows it"
     fast, exact = (output_error(weight, gram, (c.to(torch.uint8), *plain[1:]), format)[~kept].sum()
                    for c in (codes, slow))
@@ -108,12 +108,24 @@ def test_singular_gram_without_damping(scale: float) -> None:
     assert error < 0.1 * output_error(weight, gram, round_to_nearest(weight, THREE), THREE).sum()
 
 
-def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
+def test_factor_gives_the_damped_gram_back() -> None:
     gram = problem()[1].double()
-    factor = inverse_factor(gram, 0.01)
-    damped = gram / gram.diagonal().mean() + 0.01 * torch.eye(80)
-    assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped))
+    factor = factorised(gram, 0.01)
+    order, unit = factor.order_I, factor.unit_II.double()
+    damped = (gram + 0.01 * torch.diag(gram.diagonal()))[order][:, order]
+    assert (gram.diagonal()[order].diff() <= 0).all()
+    assert torch.equal(order[factor.back_I], torch.arange(80))
+    assert torch.equal(unit, unit.triu()) and (unit.diagonal() == 1).all()
+    pivots = torch.linalg.solve_triangular(unit, damped, upper=True).diagonal()
+    size = torch.outer(damped.diagonal(), damped.diagonal()).sqrt()
+    torch.testing.assert_close(unit @ torch.diag(pivots) @ unit.T / size, damped / size, rtol=0, atol=1e-5)
+
+
+def test_stacking_matrices_changes_nothing() -> None:
+    weight, gram = problem()
+    whole = gptq(weight, gram, FOUR, search=4, sweeps=1)[0]
+    halves = torch.cat([gptq(part, gram, FOUR, search=4, sweeps=1)[0] for part in weight.chunk(2)])
+    assert (halves == whole).float().mean() > 0.99, "but for sums of another order"
 
 
 def test_layers_really_give_closer_outputs() -> None:

@@ -33,7 +33,7 @@ def block_of(stack: DecoderStack, layer: int = 0) -> Block:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("method", ["nearest", "search", "gptq"])
+@pytest.mark.parametrize("method", ["nearest", "search", "gptq", "descent"])
 def test_contract(stack: DecoderStack, bits: int, method: str) -> None:
     check_transform(Quantize(bits, method=method), stack)  # type: ignore[arg-type]
 
@@ -52,8 +52,10 @@ def test_default_formats() -> None:
     assert Quantize(8, group=64).format == Format(8, 64, symmetric=True)
 
 
-def test_only_gptq_needs_statistics() -> None:
+def test_only_compensation_needs_statistics_and_search_uses_them() -> None:
     assert Quantize.needs == Quantize(4).needs == Quantize(4, method="search").needs == frozenset()
+    assert Quantize(4, method="descent").needs == {"gram"} == Quantize(4, method="search").wants
+    assert Quantize.wants == Quantize(4).wants == Quantize(4, method="gptq").wants == frozenset()
     assert Quantize(4, method="gptq").needs == replace(Quantize(3), method="gptq").needs == {"gram"}
 
 
@@ -110,6 +112,27 @@ def test_gptq_brings_outputs_closer_than_rounding(stack: DecoderStack) -> None:
     packed = (Quantize(2, method=method).apply(block, row, stats) for method in ("nearest", "gptq"))
     near, gptq = (((new(state.hidden, state.shared, 0) - exact) ** 2).mean() for new in packed)
     assert gptq < 0.7 * near
+
+
+@pytest.mark.parametrize("method", ["gptq", "descent"])
+def test_matrices_rounded_together_are_those_rounded_alone(stack: DecoderStack, method: str) -> None:
+    block, row = block_of(stack), stack.spec.rows[0]
+    state = stack.start(torch.randint(97, (8, 60), generator=torch.Generator().manual_seed(0)))
+    stats = grams(block, 0, [state])
+    together = Quantize(3, method=method).apply(block, row, stats)  # type: ignore[arg-type]
+    for name in block.matrices():
+        alone = Quantize(3, method=method, matrices=(name,)).apply(block, row, stats)  # type: ignore[arg-type]
+        agree = values(alone.matrix(name)) == values(together.matrix(name))
+        assert agree.float().mean() > 0.99, "but for sums of another order"
+
+
+def test_search_with_statistics_brings_outputs_closer(stack: DecoderStack) -> None:
+    block, row = block_of(stack), stack.spec.rows[0]
+    skewed = torch.diag(torch.logspace(-3, 3, 64))
+    error = (values(Quantize(3, method="search", matrices=("q",)).apply(block, row, stats).matrix("q"))
+             - values(block.matrix("q")) for stats in ({"q": skewed}, None))
+    weighed, plain = (((part @ skewed) * part).sum() for part in error)
+    assert weighed < 0.7 * plain
 
 
 def test_a_table_is_packed_in_its_own_dtype() -> None:
