@@ -31,6 +31,9 @@ def architecture(spec: StackSpec) -> str:
         if name != "llama" or any(_experts(row) for row in spec.rows):
             raise refuse(f"a {spec.family} whose layers differ in width, or lack a half", "GGUF",
                          "equal layers, or a Llama", "make a plan without widths and halves")
+        if spec.rows[0].mixer is None:
+            raise refuse("a model without attention in its first layer", "llama.cpp",
+                         "heads there, whose width it takes for all", "keep the attention of the first layer")
         return UNEVEN
     return name
 

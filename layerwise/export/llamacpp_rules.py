@@ -3,7 +3,7 @@
     llama-quantize $(cat rules.txt) model-bf16.gguf model.gguf Q8_0
 
 The type named last, any quantized one, serves only matrices that no rule names. Rounding is llama.cpp's: the
-same bits in its own block formats.
+same bits in its own block formats. It prunes first, so rules count the layers that are left.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LlamaCppRules(Export):
         spec = source.spec
         check_rows(spec.rows, "llama-quantize")
         _same_shapes(source, allowed)
-        lines = [f"--tensor-type {pattern}={kind}" for pattern, kind in tensor_types(spec, source.layers).items()]
+        lines = [f"--tensor-type {pattern}={kind}" for pattern, kind in tensor_types(spec).items()]
         lines += _tables(spec)
         if source.plan is not None and len(source.layers) < len(source.original.rows):
             gone = sorted(set(range(len(source.original.rows))) - set(source.layers))
@@ -49,8 +49,8 @@ class LlamaCppRules(Export):
         return Written(output, output.stat().st_size, (f"{len(lines)} rules",))
 
 
-def tensor_types(spec: StackSpec, layers: tuple[int, ...]) -> dict[str, str]:
-    """Pattern to type, lower case, for every matrix; `layers` are the numbers of the rows in the file."""
+def tensor_types(spec: StackSpec) -> dict[str, str]:
+    """Pattern to type, lower case, for every matrix; layers as they are numbered after pruning."""
     found: dict[str, str] = {}
     for layer, name, row in names(spec.rows, spec.hidden):
         if spec.family == "gpt2" and name in ("q", "k", "v"):
@@ -62,7 +62,7 @@ def tensor_types(spec: StackSpec, layers: tuple[int, ...]) -> dict[str, str]:
         columns = row.matrices(spec.hidden)[name][1]
         format = None if name in row.ranks else row.formats.get(name)
         stacked = "_exps" if row.feed_forward and row.feed_forward.experts and MATRICES[name] == "feed_forward" else ""
-        found[rf"^blk\.{layers[layer]}\.{pattern}{stacked}\.weight$"] = kind(format, columns, spec.dtype)
+        found[rf"^blk\.{layer}\.{pattern}{stacked}\.weight$"] = kind(format, columns, spec.dtype)
     return found
 
 

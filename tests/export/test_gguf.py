@@ -166,12 +166,12 @@ def test_a_dropped_layer_renumbers_the_others(tmp_path: Path) -> None:
 def test_a_llama_may_lose_halves_and_widths(tmp_path: Path) -> None:
     whole = stack_of("llama").spec
     narrow = dataclasses.replace(ROW, feed_forward=FeedForward(96), mixer=Attention(2, 1, 16))
-    spec = whole.with_rows({0: dataclasses.replace(ROW, mixer=None), 1: narrow,
+    spec = whole.with_rows({0: narrow, 1: dataclasses.replace(ROW, mixer=None),
                             2: dataclasses.replace(ROW, feed_forward=None)})
     stack = filled(spec)
     GGUF().write(Source(stack), tmp_path / "model.gguf")
     again = open_stack(tmp_path / "model.gguf", dtype="float32")
-    assert again.spec.rows[0].mixer is None and again.spec.rows[1] == narrow  # type: ignore[union-attr]
+    assert again.spec.rows[1].mixer is None and again.spec.rows[0] == narrow  # type: ignore[union-attr]
     torch.testing.assert_close(logits(again), logits(stack))
 
 
@@ -180,6 +180,9 @@ def test_what_no_layer_of_another_family_may_lose_is_refused(tmp_path: Path) -> 
     with pytest.raises(BadOption, match="qwen3 whose layers differ"):
         GGUF().write(Source(filled(spec.with_rows({0: dataclasses.replace(spec.rows[0], mixer=None)}))),
                      tmp_path / "model.gguf")
+    headless = stack_of("llama").spec.with_rows({0: dataclasses.replace(ROW, mixer=None)})
+    with pytest.raises(BadOption, match="without attention in its first layer"):
+        GGUF().write(Source(filled(headless)), tmp_path / "model.gguf")
     shared = dataclasses.replace(ROW, mixer=Attention(4, 2, 16, shares=0))
     with pytest.raises(BadOption, match="shares keys and values with layer 0"):
         GGUF().write(Source(filled(stack_of("llama").spec.with_rows({2: shared}))), tmp_path / "model.gguf")

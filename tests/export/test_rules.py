@@ -62,15 +62,15 @@ def test_mergekit_refuses_all_but_dropped_layers(tmp_path: Path) -> None:
         write("mergekit", Source(random_stack(2)), tmp_path)
 
 
-def test_llamacpp_rules_name_the_layers_of_the_original(tmp_path: Path) -> None:
+def test_llamacpp_rules_count_the_layers_that_are_left(tmp_path: Path) -> None:
     plan = source(Edit(0, "quantize", {"bits": 4}), Edit(1, "drop", {"part": "layer"}),
                   Edit(2, "quantize", {"bits": 8, "matrices": ["q"]}), Edit("embedding", "quantize", {"bits": 6}))
     lines = write("llama.cpp-rules", plan, tmp_path).splitlines()
     assert r"--tensor-type ^blk\.0\.attn_q\.weight$=q4_1" in lines
-    assert r"--tensor-type ^blk\.2\.attn_q\.weight$=q8_0" in lines
-    assert r"--tensor-type ^blk\.2\.ffn_up\.weight$=f32" in lines
+    assert r"--tensor-type ^blk\.1\.attn_q\.weight$=q8_0" in lines
+    assert r"--tensor-type ^blk\.1\.ffn_up\.weight$=f32" in lines
     assert "--token-embedding-type q8_0" in lines and "--prune-layers 1" in lines
-    assert not any(r"blk\.1\." in line for line in lines)
+    assert not any(r"blk\.3\." in line for line in lines)
 
 
 def test_llamacpp_rules_take_k_types_for_long_rows(tmp_path: Path) -> None:
