@@ -106,7 +106,8 @@ def test_data_matter() -> None:
 # the transform ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transform", [LowRank(0.5), LowRank(7, "plain"), LowRank(0.3, "utilized", ("o", "down"))], ids=str)
+@pytest.mark.parametrize("transform", [
+    LowRank(0.5), LowRank(7, "plain"), LowRank(0.3, "utilized", ("o", "down"))], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_contract_of_biased_rows(transform: LowRank, dtype: str) -> None:
     check_transform(transform, random_stack(1, row=BIASED, dtype=dtype))
