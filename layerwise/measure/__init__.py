@@ -13,6 +13,7 @@ INSTRUMENTS = Registry("instrument", {
     "contribution-cosine": "layerwise.measure.contribution_cosine:ContributionCosine",
     "cost": "layerwise.measure.cost:Cost",
     "criticality": "layerwise.measure.criticality:Criticality",
+    "energy": "layerwise.measure.layer_energy:LayerEnergy",
     "leave-one-out": "layerwise.measure.leave_one_out:LeaveOneOut",
     "lim": "layerwise.measure.lim:LayerInputModification",
     "logit-lens-kl": "layerwise.measure.logit_lens_kl:LogitLensKL",

@@ -44,7 +44,7 @@ def column_chart(column: Column) -> Figure:
     )
     figure.update_xaxes(title_text="layer", type="category")
     figure.update_yaxes(title_text=column.unit, zeroline=True)
-    return _plain(figure, 340)
+    return plain(figure, 340)
 
 
 def rank_chart(columns: Sequence[Column]) -> Figure:
@@ -71,7 +71,7 @@ def rank_chart(columns: Sequence[Column]) -> Figure:
     )
     figure.update_xaxes(title_text="layer", type="category")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    return _plain(figure, 120 + 26 * len(ranked), left=210)
+    return plain(figure, 120 + 26 * len(ranked), left=210)
 
 
 def roofline_chart(scores: Scores) -> Figure:
@@ -95,7 +95,7 @@ def roofline_chart(scores: Scores) -> Figure:
     figure.update_xaxes(title_text="FLOP per byte", type="log")
     figure.update_yaxes(title_text="share of the limit", tickformat=".0%", rangemode="tozero")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
-    return _plain(figure, 360)
+    return plain(figure, 360)
 
 
 def similarity_chart(similarity: Sequence[Sequence[float]]) -> Figure:
@@ -113,7 +113,7 @@ def similarity_chart(similarity: Sequence[Sequence[float]]) -> Figure:
     )
     figure.update_xaxes(title_text="layer of the second model")
     figure.update_yaxes(title_text="layer of the first model")
-    return _plain(figure, 560)
+    return plain(figure, 560)
 
 
 def bits_chart(layers: Sequence[LayerChange]) -> Figure:
@@ -149,7 +149,7 @@ def bits_chart(layers: Sequence[LayerChange]) -> Figure:
     )
     figure.update_xaxes(title_text="layer", type="category", showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    return _plain(figure, 120 + 34 * max(len(matrices), 3))
+    return plain(figure, 120 + 34 * max(len(matrices), 3))
 
 
 def before_after_chart(report: Report) -> Figure:
@@ -180,7 +180,7 @@ def before_after_chart(report: Report) -> Figure:
         annotation_position="top",
     )
     figure.update_xaxes(title_text="% of before", range=[0, 1.08 * max(largest, 100)])
-    return _plain(figure, 110 + 44 * len(bars), left=130)
+    return plain(figure, 110 + 44 * len(bars), left=130)
 
 
 def before_after(report: Report) -> list[tuple[str, float, str]]:
@@ -256,14 +256,14 @@ def tried_chart(tried: Sequence[Mapping[str, Any]]) -> Figure:
         figure.update_yaxes(range=[0, 1.15 * max(losses)])
     figure.update_yaxes(title_text="KL, nats/token")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
-    return _plain(figure, 420)
+    return plain(figure, 420)
 
 
 def _bits_label(bits: float | None) -> str:
     return "" if bits is None else f"{bits:g}" if bits else "-"
 
 
-def _plain(figure: Figure, height: int, left: int = 70) -> Figure:
+def plain(figure: Figure, height: int, left: int = 70) -> Figure:
     figure.update_layout(
         template="none",
         height=height,

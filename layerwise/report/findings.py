@@ -30,9 +30,10 @@ class Finding:
 
 
 def findings(scores: Scores) -> list[Finding]:
-    """Which layers carry the model, which could go, where the prediction forms, where bytes and time go."""
-    return [*_importance(scores), *_emergence(scores), *_bits(scores), *_bytes(scores), *_time(scores),
-            *_roofline(scores)]
+    """Which layers carry the model, which could go, where what is known is written and the prediction forms, where
+    bytes, time and energy go, and how far from the hardware's limit layers run."""
+    return [*_importance(scores), *_kinds(scores), *_emergence(scores), *_bits(scores), *_bytes(scores), *_time(scores),
+            *_energy(scores), *_roofline(scores)]
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -72,6 +73,22 @@ def _importance(scores: Scores) -> Iterator[Finding]:
                       f"(rank correlation with {main.name}: {said}).", sure=False)
     elif others:
         yield Finding(f"All {len(others)} other instruments order the layers much the same way.")
+
+
+def _kinds(scores: Scores) -> Iterator[Finding]:
+    """Where the context is read and where what is stored in weights is written: by the size of what each half adds."""
+    halves = {half: f"relative-contribution:{half}" for half in ("attention", "feed-forward")}
+    if any(name not in scores for name in halves.values()) or len(scores.spec.rows) < 2 * FEW:
+        return
+    most = {}
+    for half, name in halves.items():
+        known = [(value, layer) for layer, value in enumerate(scores[name].values) if layer and not math.isnan(value)]
+        most[half] = [layer for _, layer in sorted(known, reverse=True)[:FEW]]
+    if all(most.values()):
+        yield Finding(
+            f"What the context says is written most in {_layers(most['attention'])} (attention), what is stored in "
+            f"weights most in {_layers(most['feed-forward'])} (feed-forward), beside what is there already; layer 0, "
+            "which writes on bare embeddings, is left out. Size alone does not say which facts these are.", sure=False)
 
 
 def _emergence(scores: Scores) -> Iterator[Finding]:
@@ -127,6 +144,21 @@ def _time(scores: Scores) -> Iterator[Finding]:
         yield Finding(f"For {what} the layers take {sum(values):.1f} ms together, "
                       + (f"each about {middle:.2f} ms." if even
                          else f"{middle:.2f} ms in the middle; layer {layer} takes {slowest:.2f} ms."))
+
+
+def _energy(scores: Scores) -> Iterator[Finding]:
+    if "energy:prompt" not in scores:
+        return
+    totals = {part: [value for value in scores[f"energy:{part}"].values if not math.isnan(value)]
+              for part in ("prompt", "decode")}
+    if not totals["prompt"]:
+        return
+    values = scores["energy:prompt"].values
+    most = max((layer for layer, value in enumerate(values) if not math.isnan(value)), key=values.__getitem__)
+    written = f", one that is written {sum(totals['decode']):.2g} mJ" if totals["decode"] else ""
+    total = sum(totals["prompt"])
+    yield Finding(f"By a model of energy (no meter), a token that is read costs {total:.2g} mJ in all layers{written}; "
+                  f"of reading, layer {most} takes {values[most] / total:.0%}.", sure=False)
 
 
 def _roofline(scores: Scores) -> Iterator[Finding]:

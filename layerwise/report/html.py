@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from layerwise.report import charts
+from layerwise.report import charts, studies
 from layerwise.report.findings import findings
 from layerwise.report.layers import runs
 from layerwise.report.report import Report
@@ -66,6 +66,10 @@ def profile_page(scores: Scores, model: str) -> str:
     figures["map"] = charts.rank_chart(columns)
     if "roofline:attained" in scores:
         figures["roofline"] = charts.roofline_chart(scores)
+    if "energy:prompt" in scores:
+        figures["energy"] = studies.energy_chart(scores)
+    if "manifold:intrinsic-dimension" in scores:
+        figures["manifold"] = studies.manifold_chart(scores)
     return (
         _environment()
         .get_template("profile.html")

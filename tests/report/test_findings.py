@@ -70,3 +70,19 @@ def test_the_page_holds_words_charts_and_numbers() -> None:
     text = profile_page(scores(column("leave-one-out", RISING), *attained), "made up")
     assert "carry most of the model" in text and 'data-figure="roofline"' in text and 'data-figure="map"' in text
     assert "http://" not in text.split("<script")[0]
+
+
+def test_where_each_half_writes_most_is_an_uncertain_reading() -> None:
+    found = findings(scores(column("relative-contribution:attention", RISING[::-1], None),
+                            column("relative-contribution:feed-forward", RISING, None)))
+    said = next(finding for finding in found if "What the context says" in finding.text)
+    assert not said.sure and "layers 1, 2 and 3 (attention)" in said.text
+    assert "layers 5, 6 and 7 (feed-forward)" in said.text
+
+
+def test_energy_is_called_modelled_and_its_largest_layer_named() -> None:
+    values = [1.0] * LAYERS
+    values[2] = 3.0
+    found = findings(scores(column("energy:prompt", values, None), column("energy:decode", values, None)))
+    said = next(finding for finding in found if "model of energy" in finding.text)
+    assert not said.sure and "layer 2 takes 30%" in said.text and "10 mJ" in said.text
