@@ -23,7 +23,7 @@ DROPPING: dict[str, Callable[[], Alternative]] = {
     "drop-feed-forward": lambda: dropped("feed_forward"),
 }
 WIDEST = 256
-POSITIONS = 128
+POSITIONS = 64
 """Positions of every block at which the output of a changed model is compared."""
 
 
@@ -94,10 +94,14 @@ def _formats(labels: Iterable[str]) -> list[Alternative]:
 
 
 def defaults_for(budget: Budget, spec: StackSpec) -> list[Alternative]:
-    """Alternatives that can help with this budget: formats to save bytes or time, dropping for all but mild budgets."""
-    labels = useful_formats(budget, spec) if set(budget.given()) & {"bytes", "bits", "milliseconds"} else []
-    mild = labels and all(Format.parse(label).bits > 3 for label in labels) and budget.parameters is None
-    drops = [] if mild and budget.layers is None else [drop() for drop in DROPPING.values()]
+    """Alternatives that can help with this budget: formats to save bytes or time, and dropping for hard budgets.
+
+    Leaving parts out is tried where layers or parameters are limited, or 4 bits everywhere do not fit.
+    """
+    currencies = set(budget.given())
+    labels = useful_formats(budget, spec) if currencies & {"bytes", "bits", "milliseconds"} else []
+    mild = labels and _size_at(4, spec) <= _allowed(budget, spec) and not currencies & {"parameters", "layers"}
+    drops = [] if mild else [drop() for drop in DROPPING.values()]
     return [keep(), *_formats(labels), *drops]
 
 
@@ -106,14 +110,18 @@ def useful_formats(budget: Budget, spec: StackSpec) -> list[str]:
 
     Widths below the budget belong to it, because a matrix that bears them pays for others that do not.
     """
-    limits = budget.limits({**totals(spec), "milliseconds": math.inf})
-    allowed = min(limits.get("bytes", math.inf), limits.get("bits", math.inf) * spec.parameters() / 8)
-    labels = formats(spec)
+    labels, allowed = formats(spec), _allowed(budget, spec)
     widths = sorted({Format.parse(label).bits for label in labels}, reverse=True)
     if allowed < math.inf:
         fits = next((place for place, bits in enumerate(widths) if _size_at(bits, spec) <= allowed), len(widths))
         widths = widths[: max(fits + 3, 4)]
     return [label for label in labels if Format.parse(label).bits in widths]
+
+
+def _allowed(budget: Budget, spec: StackSpec) -> float:
+    """Bytes that the budget leaves, infinite where it limits none."""
+    limits = budget.limits({**totals(spec), "milliseconds": math.inf})
+    return min(limits.get("bytes", math.inf), limits.get("bits", math.inf) * spec.parameters() / 8)
 
 
 def _size_at(bits: int, spec: StackSpec) -> int:
