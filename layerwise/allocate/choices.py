@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from layerwise.allocate.cost import Clock, Cost, rest_cost, row_cost, table_cost, tables
@@ -13,6 +13,7 @@ from layerwise.allocate.losses import DEPTH, Alternative, Losses, Target, predic
 from layerwise.allocate.mixtures import Option, combined, merged_edits, useful
 from layerwise.allocate.plan import Edit
 from layerwise.errors import BadOption
+from layerwise.measure.output_error import kept_units, units_of
 from layerwise.measure.scores import Scores
 from layerwise.nets.decoder import MATRICES
 from layerwise.spec import Format, LayerSpec, StackSpec
@@ -70,6 +71,31 @@ def mixed(labels: Sequence[str], method: str = "gptq", tables: Sequence[str] | N
         found.append(Alternative(label, "quantize", settings, f"output-error:{label}", 4.0**-format.bits,
                                  tables=tables is None or label in tables, each=True))
     return found
+
+
+def factored(shares: Sequence[float], labels: Sequence[str], method: str = "gptq") -> list[Alternative]:
+    """Each matrix by itself as factors with a share of its parameters, the factors in one of the formats."""
+    return [Alternative(f"rank {share:g}, {inner.label}", "low-rank", {"rank": share}, f"output-error:rank {share:g}",
+                        1.0 - share, each=True, then=inner)
+            for share in shares for inner in mixed(labels, method, tables=())]
+
+
+def factors(shares: Sequence[float]) -> list[Alternative]:
+    """Each matrix by itself as dense factors with a share of its parameters."""
+    return [Alternative(f"rank {share:g}", "low-rank", {"rank": share}, f"output-error:rank {share:g}", 1.0 - share,
+                        each=True) for share in shares]
+
+
+def narrowed(shares: Sequence[float], spec: StackSpec) -> list[Alternative]:
+    """Fewer channels of the feed-forward half, or fewer key-value heads with their queries."""
+    found, units = [], units_of(spec.rows[0]) if spec.rows else {}
+    for name, field in (("down", "width"), ("o", "kv_heads")):
+        for share in shares:
+            kept = kept_units(share, units.get(name, 1), name)
+            if name in units and kept < units[name]:
+                measured = f"output-error:{name}:width {share:g}"
+                found.append(Alternative(f"{field} {kept}", "narrow", {field: kept}, measured, (1.0 - share) / 2))
+    return list({item.label: item for item in reversed(found)}.values())[::-1]
 
 
 def dropped(part: Literal["layer", "attention", "feed_forward"] = "layer") -> Alternative:
@@ -146,19 +172,33 @@ def _mixtures(layer: int, alternatives: Sequence[Alternative], losses: Losses, s
     row = spec.rows[layer]
     matrices = row.matrices(spec.hidden)
     halves = [[name for name in matrices if MATRICES[name] == part] for part in ("attention", "feed_forward")]
-    fronts = []
-    for half in filter(None, halves):
-        options = [_options(layer, matrix, alternatives, losses, spec, clock) for matrix in half]
-        whole = combined(options, currencies) if all(options) else []
-        dropping = [_option(layer, alternative, (), losses, spec, clock) for alternative in alternatives
-                    if alternative.arguments.get("part") == MATRICES[half[0]] and len(list(filter(None, halves))) == 2]
-        fronts.append(useful([*whole, *filter(None, dropping)], currencies))
+    fronts = [_half(layer, half, alternatives, losses, spec, clock, currencies) for half in filter(None, halves)]
     if not fronts or not all(fronts):
         return []
     base = row_cost(row, spec, clock)
     found = [option for option in combined(fronts, currencies)
              if sum(edit.transform == "drop" for edit in option.edits) < 2]
     return [_mixture(layer, row, option, base, spec.hidden) for option in found]
+
+
+def _half(layer: int, matrices: Sequence[str], alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec,
+          clock: Clock | None, currencies: Sequence[str]) -> list[Option]:
+    """What may become of attention or of the feed-forward half: as wide as it is or narrower, or dropped."""
+    row, part = spec.rows[layer], MATRICES[matrices[0]]
+    whole = [_options(layer, matrix, alternatives, losses, spec, clock, row) for matrix in matrices]
+    found = combined(whole, currencies) if all(whole) else []
+    for alternative in alternatives:
+        drops = alternative.arguments.get("part") == part and row.mixer and row.feed_forward
+        narrows = alternative.transform == "narrow" and ("width" in alternative.arguments) == (part == "feed_forward")
+        option = _option(layer, alternative, (), losses, spec, clock, row) if drops or narrows else None
+        if option is not None and drops:
+            found.append(option)
+        elif option is not None:
+            narrow = edited_row(row, spec.hidden, "narrow", alternative.arguments)
+            assert narrow is not None
+            inner = [_options(layer, matrix, alternatives, losses, spec, clock, narrow) for matrix in matrices]
+            found += combined([[replace(option, label="mixed")], *inner], currencies) if all(inner) else []
+    return useful(found, currencies) if found else []
 
 
 def _mixture(layer: int, row: LayerSpec, option: Option, base: Cost, hidden: int) -> Choice:
@@ -173,30 +213,34 @@ def _mixture(layer: int, row: LayerSpec, option: Option, base: Cost, hidden: int
 
 
 def _options(layer: int, matrix: str, alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec,
-             clock: Clock | None) -> list[Option]:
-    found = [_option(layer, alternative, (matrix,), losses, spec, clock) for alternative in alternatives
+             clock: Clock | None, row: LayerSpec) -> list[Option]:
+    found = [_option(layer, alternative, (matrix,), losses, spec, clock, row) for alternative in alternatives
              if alternative.each or alternative.transform is None]
     return [option for option in found if option is not None]
 
 
 def _option(layer: int, alternative: Alternative, matrices: tuple[str, ...], losses: Losses, spec: StackSpec,
-            clock: Clock | None) -> Option | None:
-    """The alternative for one matrix, or without `matrices` for what it names itself; None where it cannot be."""
-    row = spec.rows[layer]
+            clock: Clock | None, row: LayerSpec) -> Option | None:
+    """The alternative for one matrix of `row`, or without `matrices` for what it names; None where it cannot be."""
     before = row_cost(row, spec, clock)
     if alternative.transform is None:
         return Option("keep", (), 0.0, dict.fromkeys(before, 0.0))
     loss = losses.of_matrix(alternative, layer, matrices[0]) if matrices else losses.of(alternative, layer)
     if not math.isfinite(loss):
         return None
-    arguments = {**alternative.arguments, **({"matrices": matrices} if matrices else {})}
-    try:
-        edited = edited_row(row, spec.hidden, alternative.transform, arguments)
-    except BadOption:
-        return None
+    edits: list[Edit] = []
+    edited: LayerSpec | None = row
+    one: Alternative | None = alternative
+    while one is not None and one.transform and edited is not None:
+        arguments = {**one.arguments, **({"matrices": matrices} if matrices else {})}
+        try:
+            edited = edited_row(edited, spec.hidden, one.transform, arguments)
+        except BadOption:
+            return None
+        edits.append(Edit(layer, one.transform, arguments, 0.0 if edits else loss))
+        one = one.then
     after = row_cost(edited, spec, clock)
-    edit = Edit(layer, alternative.transform, arguments, loss)
-    return Option(alternative.label, (edit,), loss, {name: after[name] - before[name] for name in before})
+    return Option(alternative.label, tuple(edits), loss, {name: after[name] - before[name] for name in before})
 
 
 def _table_choices(target: str, alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec,

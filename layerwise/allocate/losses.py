@@ -44,6 +44,7 @@ class Alternative:
     distortion: float = 0.0
     tables: bool = False
     each: bool = False
+    then: Alternative | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Losses:
         if not self.measured or alternative.measured is None:
             return math.nan
         name, _, setting = alternative.measured.partition(":")
-        return _loss(self.scores, f"{name}:{matrix}:{setting}", layer)
+        later = self.of_matrix(alternative.then, layer, matrix) if alternative.then else 0.0
+        return _loss(self.scores, f"{name}:{matrix}:{setting}", layer) + later
 
     def floor(self, target: Target) -> float:
         """Losses up to this are no more than what rounding does; 0 where that was not measured."""
@@ -145,6 +147,8 @@ def _measured(scores: Scores, alternative: Alternative, target: Target) -> float
         return _value(scores[tried], target) if tried in scores else math.nan
     if alternative.measured is None or not names:
         return math.nan
+    if isinstance(target, int) and names == [alternative.measured] and names[0].count(":") == 2:
+        return _loss(scores, names[0], target)
     if len(names) == 1 and names[0] in (alternative.measured, INSTEAD.get(alternative.measured)):
         return _value(scores[names[0]], target)
     if isinstance(target, str):

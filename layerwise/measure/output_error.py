@@ -23,10 +23,11 @@ from layerwise.errors import BadOption
 from layerwise.measure.base import Reading
 from layerwise.measure.scores import Direction
 from layerwise.nets.decoder import MATRICES, Block
-from layerwise.spec import Format
+from layerwise.spec import Attention, Format, LayerSpec
 from layerwise.stack.base import Stack, State
 from layerwise.transform.gptq import gptq, output_error
 from layerwise.transform.gram import grams
+from layerwise.transform.output_error import energy, low_rank_errors, narrow_errors
 from layerwise.transform.quantize import SEARCH_STEPS, Method, values
 from layerwise.transform.rounding import round_to_nearest
 
@@ -35,19 +36,24 @@ PROBE = Format(3, 64)
 large enough to stand out of bfloat16 rounding, small enough that errors act in proportion."""
 
 FORMATS = ("8/row=", "6/64", "4/32", "4/64", "3/64", "2/64")
+STEP = 64
 ROWS = 96
-"""Outputs of a matrix that stand for all of them, evenly spaced."""
+"""Channels are kept in multiples of STEP; so many outputs of a matrix, evenly spaced, stand for all of them."""
 
 
 @dataclass(frozen=True)
 class OutputError(Reading):
     """Columns `<matrix>:<format>`, and `<matrix>:probe` for the disturbance that `response` tries.
 
-    `formats` are labels such as "4/128" (see `Format.label`), `method` how they are rounded.
+    `formats` are labels such as "4/128" (see `Format.label`), `method` how they are rounded. With `ranks`, columns
+    `<matrix>:rank <share>` hold the error of factors with that share of the matrix's parameters; with `widths`,
+    `o:width <share>` and `down:width <share>` that of keeping this share of key-value heads or of channels.
     """
 
     formats: tuple[str, ...] = FORMATS
     method: Method = "gptq"
+    ranks: tuple[float, ...] = ()
+    widths: tuple[float, ...] = ()
 
     name: ClassVar[str] = "output-error"
     unit: ClassVar[str] = "share"
@@ -55,7 +61,11 @@ class OutputError(Reading):
     about: ClassVar[str] = "share of a matrix's output that storing it so changes"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "formats", tuple(self.formats))
+        for field in ("formats", "ranks", "widths"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if not all(0 < share < 1 for share in (*self.ranks, *self.widths)):
+            raise BadOption(f"ranks={self.ranks}, widths={self.widths} for {self.name}", expected="shares below 1",
+                            do="give what is to be kept, such as 0.5")
         for label in self.formats:
             Format.parse(label)
         if not self.formats:
@@ -63,7 +73,11 @@ class OutputError(Reading):
 
     @property
     def parts(self) -> Mapping[str, str]:
-        return {f"{matrix}:{label}": self.unit for matrix in MATRICES for label in (*self.formats, "probe")}
+        ranks, widths = ([f"{what} {share:g}" for share in shares]
+                         for what, shares in (("rank", self.ranks), ("width", self.widths)))
+        found = [f"{matrix}:{label}" for matrix in MATRICES for label in (*self.formats, *ranks, "probe")]
+        found += [f"{matrix}:{label}" for matrix in ("o", "down") for label in widths]
+        return dict.fromkeys(found, self.unit)
 
     def of_layer(self, stack: Stack, layer: int, states: Sequence[State]) -> Mapping[str, float]:
         block = stack.block(layer)
@@ -76,6 +90,23 @@ class OutputError(Reading):
             if name in gram_of:
                 errors = self.of_matrix(values(matrix), gram_of[name], f"matrix {name!r} of layer {layer}")
                 found |= {f"{name}:{part}": error for part, error in errors.items()}
+                found |= self._structural(values(matrix), gram_of[name], name, stack.spec.rows[layer])
+        return found
+
+    def _structural(self, weight_OI: Tensor, gram_II: Tensor, name: str, row: LayerSpec) -> dict[str, float]:
+        """Relative errors of ranks and widths."""
+        found, whole = {}, energy(weight_OI, gram_II) or 1.0
+        if self.ranks:
+            outputs, inputs = weight_OI.shape
+            errors_R = low_rank_errors(weight_OI, gram_II)
+            for share in self.ranks:
+                rank = int(share * outputs * inputs / (outputs + inputs))
+                found[f"{name}:rank {share:g}"] = float(errors_R[min(rank, len(errors_R) - 1)]) / whole
+        units = units_of(row).get(name)
+        if self.widths and units:
+            errors_N, _ = narrow_errors(weight_OI, gram_II, weight_OI.shape[1] // units)
+            for share in self.widths:
+                found[f"{name}:width {share:g}"] = float(errors_N[kept_units(share, units, name)]) / whole
         return found
 
     def of_matrix(self, weight_OI: Tensor, gram_II: Tensor, what: str = "the matrix") -> dict[str, float]:
@@ -102,6 +133,22 @@ class OutputError(Reading):
 
     def _formats(self) -> list[tuple[str, Format]]:
         return [(label, Format.parse(label)) for label in self.formats]
+
+
+def units_of(row: LayerSpec) -> dict[str, int]:
+    """How many units the inputs of `o` and `down` come in that a layer can have fewer of: heads and channels."""
+    found = {}
+    if isinstance(row.mixer, Attention) and row.mixer.shares is None and row.mixer.kv_heads > 1:
+        found["o"] = row.mixer.kv_heads
+    if row.feed_forward and not row.feed_forward.experts:
+        found["down"] = row.feed_forward.width
+    return found
+
+
+def kept_units(share: float, units: int, name: str) -> int:
+    """How many of the units a share keeps: whole heads, and channels in multiples of STEP where there are enough."""
+    kept = int(share * units)
+    return max(1, kept if name == "o" or units < 2 * STEP else kept // STEP * STEP)
 
 
 def _total(weight_OI: Tensor, gram_II: Tensor, rounded: tuple[Tensor, Tensor, Tensor | None], format: Format) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from layerwise.allocate.budget import Budget
-from layerwise.allocate.choices import dropped, keep, mixed
+from layerwise.allocate.choices import dropped, factored, factors, keep, mixed, narrowed
 from layerwise.allocate.cost import totals
 from layerwise.allocate.losses import Alternative
 from layerwise.errors import BadOption
@@ -23,6 +23,8 @@ DROPPING: dict[str, Callable[[], Alternative]] = {
     "drop-feed-forward": lambda: dropped("feed_forward"),
 }
 WIDEST = 256
+RANKS, WIDTHS = (0.8, 0.6, 0.4), (0.875, 0.75, 0.5)
+CURRENCIES = ("bits", "rank", "width", *DROPPING)
 POSITIONS = 64
 """Positions of every block at which the output of a changed model is compared."""
 
@@ -52,23 +54,22 @@ def table_formats(labels: Sequence[str]) -> list[str]:
 def parse_alternatives(only: Sequence[str], spec: StackSpec) -> list[Alternative]:
     """What a layer may become, from words; leaving it as it is is always possible.
 
-    A word is a currency (`bits`, `drop`, `drop-attention`, `drop-feed-forward`), a width (`4`: every format of
-    that width) or a format (`4/128`). Raises BadOption for another word.
+    A word is a currency (`bits`, `rank`, `width`, `drop`, `drop-attention`, `drop-feed-forward`), a number of bits
+    (`4`: every format of that width) or a format (`4/128`). Raises BadOption for another word.
     """
-    labels: list[str] = []
-    drops = []
-    for word in only:
-        if word in DROPPING:
-            drops.append(DROPPING[word]())
-        else:
-            labels += _labels(word, spec)
-    return [keep(), *_formats(dict.fromkeys(labels)), *drops] if only else []
+    labels = list(dict.fromkeys(label for word in only if word not in CURRENCIES[1:] for label in _labels(word, spec)))
+    found = [keep(), *_formats(labels)] if only else []
+    if "rank" in only:
+        found += factored(RANKS, _inner(labels)) if labels else factors(RANKS)
+    if "width" in only:
+        found += narrowed(WIDTHS, spec)
+    return [*found, *(make() for word, make in DROPPING.items() if word in only)]
 
 
 def check_words(only: Sequence[str]) -> None:
     """Raises BadOption for a word that means nothing, before a model is opened."""
     for word in only:
-        if word not in ("bits", *DROPPING) and not (word.isdigit() and int(word) in BITS):
+        if word not in CURRENCIES and not (word.isdigit() and int(word) in BITS):
             _parsed(word)
 
 
@@ -84,7 +85,7 @@ def _parsed(word: str) -> Format:
     try:
         return Format.parse(word)
     except BadOption as error:
-        known = ", ".join(["bits", *map(str, BITS), "a format such as 4/128", *DROPPING])
+        known = ", ".join([*CURRENCIES, *map(str, BITS), "a format such as 4/128"])
         raise BadOption(f"--only {word}", expected=f"one of: {known}", do="correct the word") from error
 
 
@@ -94,15 +95,24 @@ def _formats(labels: Iterable[str]) -> list[Alternative]:
 
 
 def defaults_for(budget: Budget, spec: StackSpec) -> list[Alternative]:
-    """Alternatives that can help with this budget: formats to save bytes or time, and dropping for hard budgets.
+    """Alternatives that can help with this budget: formats to save bytes or time, and all others for hard budgets.
 
-    Leaving parts out is tried where layers or parameters are limited, or 4 bits everywhere do not fit.
+    Factors, narrower layers and leaving parts out are tried where layers or parameters are limited, or where 4 bits
+    everywhere do not fit.
     """
     currencies = set(budget.given())
     labels = useful_formats(budget, spec) if currencies & {"bytes", "bits", "milliseconds"} else []
     mild = labels and _size_at(4, spec) <= _allowed(budget, spec) and not currencies & {"parameters", "layers"}
-    drops = [] if mild else [drop() for drop in DROPPING.values()]
-    return [keep(), *_formats(labels), *drops]
+    if mild:
+        return [keep(), *_formats(labels)]
+    shapes = [*factored(RANKS, _inner(labels)), *narrowed(WIDTHS, spec)] if labels else []
+    return [keep(), *_formats(labels), *shapes, *(make() for make in DROPPING.values())]
+
+
+def _inner(labels: Sequence[str]) -> list[str]:
+    """Formats for factors: one of each width from 6 to 3 bits, in the largest full groups."""
+    return [[label for label in labels if Format.parse(label).bits == bits and "row" not in label][-1]
+            for bits in (6, 4, 3) if any(Format.parse(label).bits == bits for label in labels)]
 
 
 def useful_formats(budget: Budget, spec: StackSpec) -> list[str]:
@@ -134,8 +144,10 @@ def _size_at(bits: int, spec: StackSpec) -> int:
 
 def reading(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
     """What reads layers beside the statistics of their inputs."""
-    labels = tuple(item.label for item in alternatives if item.each)
-    return [OutputError(labels)] if labels else []
+    labels = tuple(item.label for item in alternatives if item.each and item.transform == "quantize")
+    ranks = dict.fromkeys(item.arguments["rank"] for item in alternatives if item.transform == "low-rank")
+    widths = WIDTHS if any(item.transform == "narrow" for item in alternatives) else ()
+    return [OutputError(labels or ("8/row=",), ranks=tuple(ranks), widths=widths)] if labels or ranks or widths else []
 
 
 def trying(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
@@ -143,4 +155,4 @@ def trying(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
     tables = tuple(item.label for item in alternatives if item.each and item.tables)
     drops = tuple(label for label in DROPS if any(item.label == label for item in alternatives))
     return ["block-influence", "logit-lens-kl",
-            Response(any(item.each for item in alternatives), drops, tables, POSITIONS)]
+            Response(any(item.each or item.transform == "narrow" for item in alternatives), drops, tables, POSITIONS)]

@@ -37,10 +37,11 @@ class Decide:
 
     def _columns(self) -> list[str]:
         """Every column that planning may look for."""
-        names = [alternative.measured for alternative in self.alternatives if alternative.measured]
+        names = [f"response:{matrix}" for matrix in MATRICES] + [f"output-error:{m}:probe" for m in MATRICES]
         for alternative in self.alternatives:
+            kind, _, setting = (alternative.measured or "").partition(":")
             if alternative.each:
-                names += [f"response:{alternative.label}",
-                          *(f"output-error:{matrix}:{alternative.label}" for matrix in MATRICES)]
-        probes = [f"{name}" for matrix in MATRICES for name in (f"response:{matrix}", f"output-error:{matrix}:probe")]
-        return [*(name for name in names if not name.startswith("output-error:") or name.count(":") == 2), *probes]
+                names += [f"response:{setting}", *(f"{kind}:{matrix}:{setting}" for matrix in MATRICES)]
+            elif alternative.measured:
+                names.append(alternative.measured)
+        return names

@@ -29,16 +29,20 @@ STEP = 4.0
 
 @dataclass(frozen=True)
 class Round:
-    """One plan with the loss it was predicted to have and the one it was measured to have, nats per token."""
+    """One plan with the loss it was predicted to have and the one it was measured to have, nats per token.
+
+    `floor` is what rounding alone does to the predictions of the original, and part of what is measured.
+    """
 
     plan: Plan
     bytes: int
     predicted: float
     measured: float
+    floor: float = 0.0
 
     @property
     def agrees(self) -> bool:
-        return abs(self.predicted - self.measured) <= TOLERANCE * self.measured
+        return abs(self.predicted + self.floor - self.measured) <= max(TOLERANCE * self.measured, self.floor)
 
 
 def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan], calibration: TextData,
@@ -50,25 +54,27 @@ def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan]
     on. Raises what planning and applying raise.
     """
     found: list[Round] = []
+    floor = scores["response:floor"].values[0] if "response:floor" in scores else 0.0
     for number in range(1, rounds + 1):
         plan = decide(scores)
         if any(plan.edits == earlier.plan.edits for earlier in found):
             break
         slim = apply(stack, plan, calibration)
         seen = marginals(stack, slim, kept_layers(stack.spec, plan), trial, seed=seed, progress=progress)
-        found.append(Round(plan, slim.spec.bytes(), plan.predicted["loss"], seen.kl))
-        tell(f"round {number}: predicted {found[-1].predicted:.4f}, measured {seen.kl:.4f} nats/token")
+        found.append(Round(plan, slim.spec.bytes(), plan.predicted["loss"], seen.kl, floor))
+        tell(f"round {number}: predicted {found[-1].predicted + floor:.4f}, measured {seen.kl:.4f} nats/token")
         if found[-1].agrees or seen.kl > min(earlier.measured for earlier in found):
             break
-        scores = corrected(scores, plan, seen)
+        scores = corrected(scores, plan, seen, floor)
     return found
 
 
-def corrected(scores: Scores, plan: Plan, seen: Marginals) -> Scores:
+def corrected(scores: Scores, plan: Plan, seen: Marginals, floor: float = 0.0) -> Scores:
     """Scores whose responses predict, for `plan`, the loss that was measured, shared out as undoing shows."""
     predicted = _predicted(plan)
     saved = {target: max(value, 0.0) for target, value in seen.saved.items() if predicted.get(target)}
-    total, left = sum(saved.values()), seen.kl - sum(loss for target, loss in predicted.items() if target not in saved)
+    others = sum(loss for target, loss in predicted.items() if target not in saved)
+    total, left = sum(saved.values()), seen.kl - floor - others
     if not total or left <= 0:
         return scores
     factors = {target: min(max(left * value / total / predicted[target], 1 / STEP), STEP)

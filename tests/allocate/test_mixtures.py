@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from layerwise.allocate.apply import apply
 from layerwise.allocate.budget import Budget
-from layerwise.allocate.choices import defaults, make_choices
+from layerwise.allocate.choices import defaults, dropped, factored, keep, make_choices, mixed, narrowed
 from layerwise.allocate.mixtures import Option, combined, front, merged_edits
 from layerwise.allocate.plan import Edit
 from layerwise.allocate.solve import allocate
@@ -112,3 +112,38 @@ def test_two_limits_hold_together(measured: Scores) -> None:
     table = plan.edited(measured.spec)
     assert table.bytes() <= 0.5 * measured.spec.bytes()
     assert len(table.rows) <= 3
+
+
+def test_factors_and_narrower_halves_take_part(structural: Scores) -> None:
+    shapes = [*factored((0.5,), FORMATS[:2]), *narrowed((0.5,), structural.spec)]
+    alternatives = [keep(), *mixed(FORMATS), *shapes, dropped()]
+    groups, losses = make_choices(structural, alternatives)
+    transforms = {edit.transform for group in groups for choice in group for edit in choice.edits}
+    assert {"quantize", "narrow"} <= transforms
+    narrow = narrowed((0.5,), structural.spec)[0]
+    expected = (structural["response:down"].values[1] * structural["output-error:down:width 0.5"].values[1]
+                / structural["output-error:down:probe"].values[1])
+    assert losses.of(narrow, 1) == pytest.approx(expected)
+    for group in groups[:-2]:
+        for choice in group:
+            size = choice.row.bytes(structural.spec.hidden, structural.spec.dtype) if choice.row else 0
+            assert choice.cost["bytes"] == pytest.approx(size)
+
+
+def test_a_plan_of_factors_and_narrow_halves_can_be_carried_out(structural: Scores) -> None:
+    stack = random_stack()
+    tokens_NT = torch.randint(50, (8, 24), generator=torch.Generator().manual_seed(1))
+    text = TextData(tokens_NT, "random", Source("random", "calibration", "", 192, tuple(range(8))))
+    only_rank = [keep(), *factored((0.5,), FORMATS[:2]), *narrowed((0.5,), structural.spec)]
+    plan = allocate(structural, Budget(bytes=0.6), alternatives=only_rank)
+    assert {edit.transform for edit in plan.edits} >= {"low-rank"}
+    slim = apply(stack, plan, text)
+    assert slim.spec == plan.edited(stack.spec)
+    assert bool(slim(tokens_NT).isfinite().all())
+
+
+@pytest.fixture(scope="module")
+def structural() -> Scores:
+    tokens_NT = torch.randint(50, (4, 24), generator=torch.Generator().manual_seed(0))
+    errors = OutputError(FORMATS, "nearest", ranks=(0.5,), widths=(0.5,))
+    return measure(random_stack(), tokens_NT, [errors, Response(tables=FORMATS)], progress=False)
