@@ -32,6 +32,28 @@ def softmax_attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tens
     return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None, scale=scale)
 
 
+def few_queries(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, seen: Tensor | None, a: Attention) -> Tensor:
+    """The same for few new tokens of many sequences, as two batched products, [B, H, T, D].
+
+    `seen` is added to the logits: 0 where a query sees a key, minus infinity elsewhere, [B or 1, 1, T, S]; None where
+    every query sees every key. Keys should lie head by head. In half precision logits are rounded once more than in
+    `softmax_attention`; on a CPU this takes a fifth of its time.
+    """
+    batch, heads, new, width = q_BHTD.shape
+    kv, total = k_BKSD.shape[1:3]
+    shape = kv, batch, heads // kv, new
+    q_KBGTD = q_BHTD.reshape(batch, kv, -1, new, width).transpose(0, 1)
+    k_nSD, v_nSD = (x.transpose(0, 1).reshape(kv * batch, total, width) for x in (k_BKSD, v_BKSD))
+    logits = torch.bmm(q_KBGTD.reshape(kv * batch, -1, width), k_nSD.transpose(1, 2)).view(*shape, total)
+    scale = a.scale if a.scale is not None else a.head_dim**-0.5
+    if a.softcap is not None:
+        logits, scale = a.softcap * torch.tanh(logits * (scale / a.softcap)), 1.0
+    logits = logits * scale if seen is None else torch.add(seen[None, :, 0, None], logits, alpha=scale)
+    weights = logits.softmax(-1, dtype=torch.float32).to(v_nSD.dtype)
+    out_KBGTD = torch.bmm(weights.view(kv * batch, -1, total), v_nSD).view(*shape, width)
+    return out_KBGTD.transpose(0, 1).reshape(batch, heads, new, width)
+
+
 def _capped(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, scale: float, cap: float,
             groups: int) -> Tensor:
     k_BHSD, v_BHSD = k_BKSD.repeat_interleave(groups, 1), v_BKSD.repeat_interleave(groups, 1)

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from layerwise.nets.flow import Flow
-from layerwise.nets.softmax import softmax_attention
+from layerwise.nets.softmax import few_queries, softmax_attention
 from layerwise.serve.pool import Pair, Pool
 from layerwise.serve.sequence import Row
 from layerwise.serve.table import LayerTable
 from layerwise.spec import Attention
+
+FEW = 16
+"""Up to this many new tokens of a row, two plain products are faster than the fused kernel."""
 
 
 @dataclass
@@ -69,6 +72,7 @@ class View:
         self.starts = [row.start - table.shift for row, table in zip(bucket.rows, self.tables, strict=True)]
         self.fresh = len(self.tables) == 1 and self.starts[0] == 0
         self._masks: dict[int | None, Tensor | None] = {}
+        self._seen: dict[int | None, Tensor | None] = {}
 
     def slots(self) -> list[int]:
         """The slot of every new token in the pool."""
@@ -101,10 +105,18 @@ class View:
             self._masks[window] = self._build_mask(window, slots)
         return self._masks[window]
 
-    def _build_mask(self, window: int | None, slots: int) -> Tensor | None:
+    def seen(self, window: int | None, slots: int, dtype: torch.dtype) -> Tensor | None:
+        """The same as numbers to be added to logits; None where every token sees all slots."""
+        if window not in self._seen:
+            mask = self._build_mask(window, slots, always=self.bucket.longest > 1)
+            self._seen[window] = None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(
+                ~mask, float("-inf"))
+        return self._seen[window]
+
+    def _build_mask(self, window: int | None, slots: int, always: bool = False) -> Tensor | None:
         first_R = torch.tensor([table.first * self.block for table in self.tables])
         start_R = torch.tensor(self.starts)
-        if len(self.tables) == 1 and self.span is not None:
+        if len(self.tables) == 1 and self.span is not None and not always:
             past = self.starts[0] - self.tables[0].first * self.block
             narrow = window is not None and window < slots
             if not narrow and (past == 0 or self.bucket.longest == 1):
@@ -159,7 +171,7 @@ class PagedFlow(Flow):
             self.queries[layer] = q_NHD
         fresh: Pair | None = None
         if k_BKTD is not None and v_BKTD is not None:
-            pool.write(slots_N, k_BKTD[0].transpose(0, 1), v_BKTD[0].transpose(0, 1))
+            pool.write(slots_N, k_BKTD[0], v_BKTD[0])
             fresh = (k_BKTD, v_BKTD) if pool.exact else None
         parts = [_attend(view, pool, q_NHD, fresh, a) for view in views]
         out_NHD = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -180,4 +192,7 @@ def _attend(view: View, pool: Pool, q_NHD: Tensor, fresh: Pair | None, a: Attent
         k, v = (new[:, :, bucket.tokens] for new in fresh)
         return bucket.packed(softmax_attention(q_RHTD, k, v, None, a))
     k, v = pool.span(*view.span) if view.span is not None else pool.gather(view.blocks_RM)
+    if bucket.longest <= FEW and (len(bucket.rows) > 1 or bucket.longest > 1):
+        seen = view.seen(a.window, k.shape[2], q_RHTD.dtype)
+        return bucket.packed(few_queries(q_RHTD, k, v, seen, a))
     return bucket.packed(softmax_attention(q_RHTD, k, v, view.mask(a.window, k.shape[2]), a))

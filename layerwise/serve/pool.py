@@ -1,10 +1,16 @@
-"""Keys and values of one layer, in blocks: as they are, or as 8-bit integers with a scale for each head of a token.
+"""Keys and values of one layer, in blocks of slots: as they are, or as 8-bit integers with scales.
+
+Head by head, so that the slots of a head lie together: consecutive blocks need no copy, gathered ones lie as a matrix
+product wants them.
 
 Shapes: N tokens, R rows, M blocks of a row, S slots, K key heads, D head width.
 """
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +24,13 @@ class Pool:
 
     def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype,
                  device: torch.device) -> None:
-        self.block, self.shape = block, (heads, width)
-        self.k, self.v = (torch.zeros(blocks, block, heads, width, dtype=dtype, device=device) for _ in range(2))
-        self._slots = self.k.view(-1, heads, width), self.v.view(-1, heads, width)
+        self.block = block
+        self.k, self.v = (_zeros((heads, blocks * block, width), dtype, device) for _ in range(2))
 
-    def write(self, slots_N: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> None:
+    def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> None:
         """Put tokens into slots."""
-        for store, new in zip(self._slots, (k_NKD, v_NKD), strict=True):
-            store.index_copy_(0, slots_N, new)
+        self.k.index_copy_(1, slots_N, k_KND)
+        self.v.index_copy_(1, slots_N, v_KND)
 
     def gather(self, blocks_RM: Tensor) -> Pair:
         """All slots of the given blocks, row by row, [R, K, S, D]."""
@@ -33,19 +38,21 @@ class Pool:
 
     def span(self, start: int, stop: int) -> Pair:
         """Consecutive slots, [1, K, S, D]."""
-        k, v = (store[start:stop].transpose(0, 1)[None] for store in self._slots)
-        return k, v
+        return self.k[None, :, start:stop], self.v[None, :, start:stop]
 
     def move(self, source_N: Tensor, target_N: Tensor) -> None:
         """Copy slots to other slots."""
-        for store in self._slots:
-            store[target_N] = store[source_N]
+        for store in self._stores():
+            store[:, target_N] = store[:, source_N]
 
-    @staticmethod
-    def _rows(store: Tensor, blocks_RM: Tensor) -> Tensor:
+    def _stores(self) -> tuple[Tensor, ...]:
+        return self.k, self.v
+
+    def _rows(self, store: Tensor, blocks_RM: Tensor) -> Tensor:
+        heads, _, width = store.shape
         rows, count = blocks_RM.shape
-        found = store.index_select(0, blocks_RM.flatten())
-        return found.view(rows, count * store.shape[1], *store.shape[2:]).transpose(1, 2)
+        found = store.view(heads, -1, self.block * width).index_select(1, blocks_RM.flatten())
+        return found.view(heads, rows, count * self.block, width).transpose(0, 1)
 
 
 class Int8Pool(Pool):
@@ -57,25 +64,31 @@ class Int8Pool(Pool):
                  device: torch.device) -> None:
         super().__init__(blocks, block, heads, width, torch.int8, device)
         self.dtype = dtype
-        self.k_scale, self.v_scale = (torch.zeros(blocks, block, heads, 1, device=device) for _ in range(2))
-        self._scales = self.k_scale.view(-1, heads, 1), self.v_scale.view(-1, heads, 1)
+        shape = heads, blocks * block, 1
+        self.k_scale, self.v_scale = (_zeros(shape, torch.float32, device) for _ in range(2))
 
-    def write(self, slots_N: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> None:
-        for store, scales, new in zip(self._slots, self._scales, (k_NKD, v_NKD), strict=True):
-            scale_NK1 = new.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-            store.index_copy_(0, slots_N, (new / scale_NK1).round().to(torch.int8))
-            scales.index_copy_(0, slots_N, scale_NK1)
+    def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> None:
+        for store, scales, new in ((self.k, self.k_scale, k_KND), (self.v, self.v_scale, v_KND)):
+            scale_KN1 = new.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+            store.index_copy_(1, slots_N, (new / scale_KN1).round().to(torch.int8))
+            scales.index_copy_(1, slots_N, scale_KN1)
 
     def gather(self, blocks_RM: Tensor) -> Pair:
-        k, v = (self._rows(store, blocks_RM) * self._rows(scale, blocks_RM)
-                for store, scale in ((self.k, self.k_scale), (self.v, self.v_scale)))
+        k = self._rows(self.k, blocks_RM) * self._rows(self.k_scale, blocks_RM)
+        v = self._rows(self.v, blocks_RM) * self._rows(self.v_scale, blocks_RM)
         return k.to(self.dtype), v.to(self.dtype)
 
     def span(self, start: int, stop: int) -> Pair:
-        k, v = ((store[start:stop] * scale[start:stop]).to(self.dtype).transpose(0, 1)[None]
-                for store, scale in zip(self._slots, self._scales, strict=True))
-        return k, v
+        k = self.k[None, :, start:stop] * self.k_scale[None, :, start:stop]
+        v = self.v[None, :, start:stop] * self.v_scale[None, :, start:stop]
+        return k.to(self.dtype), v.to(self.dtype)
 
-    def move(self, source_N: Tensor, target_N: Tensor) -> None:
-        for store in (*self._slots, *self._scales):
-            store[target_N] = store[source_N]
+    def _stores(self) -> tuple[Tensor, ...]:
+        return self.k, self.v, self.k_scale, self.v_scale
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that, on a CPU, take memory only where they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
