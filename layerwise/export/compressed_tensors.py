@@ -19,17 +19,17 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.export.base import NOTHING, Allowed, Export, Written, check_rows, names, refuse
+from layerwise.export.dense import dense_tensors
 from layerwise.export.source import Source
 from layerwise.io import atomic, manifest
 from layerwise.io.save import in_table_dtype, standard_config, to_family, write_tensors
 from layerwise.io.tokenizer import FILES
 from layerwise.nets.decoder import MATRICES, Block
-from layerwise.nets.factored import FactoredLinear
 from layerwise.nets.families import FAMILIES
-from layerwise.nets.packed import PackedEmbedding, PackedLinear, PackedMatrix
+from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Format, StackSpec
 from layerwise.stack.decoder import DecoderStack
 from layerwise.transform.quantize import rounded_by
@@ -170,7 +170,7 @@ def module_names(spec: StackSpec) -> dict[Place, str]:
 def _tensors(stack: DecoderStack, plain: StackSpec, again: Mapping[Place, bool]) -> Iterator[Named]:
     links = list(FAMILIES[plain.family]().links(plain))
     skip = {f"layers.{layer}.{MATRICES[name]}.body.{name}.weight" for layer, name in again}
-    dense = in_table_dtype(_dense(stack), plain)
+    dense = in_table_dtype(dense_tensors(stack), plain)
     yield from to_family(((name, tensor) for name, tensor in dense if name not in skip), links)
     modules = module_names(plain)
     for (layer, name), anew in again.items():
@@ -180,33 +180,6 @@ def _tensors(stack: DecoderStack, plain: StackSpec, again: Mapping[Place, bool])
         assert isinstance(matrix, PackedLinear)
         for part, tensor in _parts(matrix, anew).items():
             yield f"{modules[layer, name]}.{part}", tensor
-
-
-def _dense(stack: DecoderStack) -> Iterator[Named]:
-    """Every tensor of the dense model, by our names."""
-    for name, module in stack.decoder.named_children():
-        if name != "layers":
-            yield from _module(name, module)
-    for layer in range(len(stack)):
-        block = stack.block(layer)
-        assert isinstance(block, Block)
-        matrices = {id(module) for module in block.matrices().values()}
-        for path, module in block.named_modules():
-            inside = any(path.startswith(f"{MATRICES[name]}.body.{name}.") for name in block.matrices())
-            if id(module) in matrices or (not inside and not list(module.children())):
-                yield from _module(f"layers.{layer}.{path}", module)
-
-
-def _module(path: str, module: nn.Module) -> Iterator[Named]:
-    """The tensors of one module, its matrix as numbers."""
-    if isinstance(module, PackedMatrix | FactoredLinear):
-        yield f"{path}.weight", module.dense(module.dtype if isinstance(module, PackedEmbedding) else torch.float32)
-        bias = None if isinstance(module, PackedEmbedding) else module.bias
-        if isinstance(bias, Tensor):
-            yield f"{path}.bias", bias
-    else:
-        for name, tensor in module.named_parameters():
-            yield f"{path}.{name}", tensor
 
 
 def _parts(matrix: PackedLinear, anew: bool) -> dict[str, Tensor]:
