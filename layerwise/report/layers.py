@@ -8,7 +8,7 @@ from typing import Any
 
 from layerwise.allocate.edits import edited_row
 from layerwise.allocate.plan import Plan
-from layerwise.spec import DTYPE_BYTES, Format, LayerSpec, StackSpec, describe
+from layerwise.spec import DTYPE_BYTES, Attention, Format, LayerSpec, StackSpec, describe
 
 GONE = 0.0
 
@@ -94,6 +94,7 @@ def _words(row: LayerSpec, new: LayerSpec | None, bits: Mapping[str, float], den
         parts.append("no attention")
     if row.feed_forward is not None and new.feed_forward is None:
         parts.append("no feed-forward")
+    parts += _shapes(row, new)
     left = {name: width for name, width in bits.items() if width != GONE}
     packed = [width for width in left.values() if width != dense]
     if packed:
@@ -101,6 +102,19 @@ def _words(row: LayerSpec, new: LayerSpec | None, bits: Mapping[str, float], den
     if not parts and (row.mixer, row.feed_forward) != (new.mixer, new.feed_forward):
         parts.append(describe(new))
     return ", ".join(parts) or "as it was"
+
+
+def _shapes(row: LayerSpec, new: LayerSpec) -> Iterator[str]:
+    """`64 of 128 channels`, `2 of 4 key-value heads`, `rank 96: q k; rank 200: up`."""
+    if row.feed_forward and new.feed_forward and new.feed_forward.width < row.feed_forward.width:
+        yield f"{new.feed_forward.width} of {row.feed_forward.width} channels"
+    old, mixer = row.mixer, new.mixer
+    if isinstance(old, Attention) and isinstance(mixer, Attention) and mixer.kv_heads < old.kv_heads:
+        yield f"{mixer.kv_heads} of {old.kv_heads} key-value heads"
+    ranks = {name: rank for name, rank in new.ranks.items() if row.ranks.get(name) != rank}
+    if ranks:
+        yield "; ".join(f"rank {rank}: {' '.join(name for name in ranks if ranks[name] == rank)}"
+                        for rank in sorted(set(ranks.values())))
 
 
 def _widths(bits: Mapping[str, float]) -> str:

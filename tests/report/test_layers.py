@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from layerwise.report.layers import layer_changes, runs
-from layerwise.spec import Opaque, StackSpec
+from layerwise.spec import Attention, Opaque, StackSpec
 
 KEPT = [0, 1, 2, 3, 4, 6, 7]
 
@@ -63,3 +63,16 @@ def test_an_untied_head_and_opaque_rows(before_spec: StackSpec) -> None:
     assert [(c.layer, c.got, c.bytes_after) for c in layer_changes(module, module)] == [
         (layer, "as it was", 40) for layer in range(3)
     ]
+
+
+def test_narrower_layers_and_factors_are_told(before_spec: StackSpec) -> None:
+    row = before_spec.rows[0]
+    assert isinstance(row.mixer, Attention)
+    assert row.feed_forward is not None
+    heads = row.mixer.heads // row.mixer.kv_heads
+    narrow = replace(row, mixer=replace(row.mixer, heads=heads, kv_heads=1), ranks={"q": 3, "up": 5, "k": 3},
+                     feed_forward=replace(row.feed_forward, width=10))
+    after = before_spec.with_rows({0: narrow})
+    got = layer_changes(before_spec, after)[0].got
+    assert got == (f"10 of {row.feed_forward.width} channels, 1 of {row.mixer.kv_heads} key-value heads, "
+                   "rank 3: q k; rank 5: up")

@@ -61,6 +61,8 @@ def test_gptq_is_expected_within_a_third_unless_it_clips(format: Format) -> None
     weight, gram = weight.float(), (x.T @ x).float()
     real = float(error_rows(weight, gram, gptq(weight, gram, format, search=SEARCH_STEPS), format).sum())
     assert (0.5 if format.bits == 2 else 0.75) < rounding_error(weight, gram, format, "gptq") / real < 1.33
+    assert rounding_error(weight, gram, format, "descent") == pytest.approx(
+        0.9 * rounding_error(weight, gram, format, "gptq"), rel=0.02)
     assert rounding_error(weight, gram, format, "gptq", spread(gram)) == rounding_error(weight, gram, format, "gptq")
 
 
