@@ -29,6 +29,7 @@ from layerwise.transform.quantize import packed, values
 from layerwise.transform.rounding import check_finite
 
 Method = Literal["plain", "whitened", "utilized"]
+STEP = 32
 NOISE = 1e-6
 """Eigenvalues of a Gram matrix summed in float32 mean nothing below this part of the largest."""
 
@@ -38,11 +39,12 @@ class LowRank(Transform):
     """Store the named matrices (all that the layer has, by default) as factors of `rank`.
 
     A whole number is the rank itself, a number below 1 the part of the matrix's parameters that the factors
-    may have. A packed matrix stays in its format: both factors are rounded to it. A name that a layer lacks is
-    passed over.
+    may have at most; ranks from 32 on are then multiples of 32, which fill groups and kernels. A packed matrix
+    stays in its format: both factors are rounded to it. A name that a layer lacks is passed over.
     """
 
     name: ClassVar[str] = "low-rank"
+    keeps_inputs: ClassVar[bool] = True
     rank: int | float = 0.5
     method: Method = "whitened"
     matrices: tuple[str, ...] | None = None
@@ -89,7 +91,7 @@ class LowRank(Transform):
 
     def _rank(self, outputs: int, inputs: int, name: str) -> int:
         most = largest_rank(outputs, inputs)
-        rank = self.rank if isinstance(self.rank, int) else int(self.rank * outputs * inputs / (outputs + inputs)) or 1
+        rank = self.rank if isinstance(self.rank, int) else share_rank(self.rank, outputs, inputs)
         if rank > most:
             raise BadOption(f"rank {rank} for the matrix {name!r}, {outputs} x {inputs}",
                             expected=f"at most {most}, so that the factors are smaller than the matrix",
@@ -113,6 +115,12 @@ class LowRank(Transform):
 def largest_rank(outputs: int, inputs: int) -> int:
     """The highest rank whose factors have fewer parameters than the matrix; 0 where there is none."""
     return (outputs * inputs - 1) // (outputs + inputs)
+
+
+def share_rank(share: float, outputs: int, inputs: int) -> int:
+    """The rank whose factors have at most `share` of the matrix's parameters, at least 1."""
+    rank = max(1, int(share * outputs * inputs / (outputs + inputs)))
+    return rank if rank < STEP else rank - rank % STEP
 
 
 @torch.no_grad()
