@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from layerwise.measure.scores import Scores
     from layerwise.report.run import Run
     from layerwise.report.verify import Report, verify
+    from layerwise.serve.engine import Engine
+    from layerwise.serve.request import Params
     from layerwise.spec import LayerSpec, StackSpec
     from layerwise.stack.base import Stack, State
     from layerwise.stack.open import open
@@ -38,8 +40,10 @@ __version__ = "0.1.0"
 _PLACES = {
     "Budget": "layerwise.allocate.budget:Budget",
     "Choice": "layerwise.allocate.choices:Choice",
+    "Engine": "layerwise.serve.engine:Engine",
     "LayerSpec": "layerwise.spec:LayerSpec",
     "LayerwiseError": "layerwise.errors:LayerwiseError",
+    "Params": "layerwise.serve.request:Params",
     "Plan": "layerwise.allocate.plan:Plan",
     "Report": "layerwise.report.verify:Report",
     "Run": "layerwise.report.run:Run",
@@ -60,8 +64,10 @@ _PLACES = {
 __all__ = [
     "Budget",
     "Choice",
+    "Engine",
     "LayerSpec",
     "LayerwiseError",
+    "Params",
     "Plan",
     "Report",
     "Run",

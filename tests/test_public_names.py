@@ -16,7 +16,7 @@ import layerwise as lw
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
-    "Budget", "Choice", "LayerSpec", "LayerwiseError", "Plan", "Report", "Run", "Scores", "Stack",
+    "Budget", "Choice", "Engine", "LayerSpec", "LayerwiseError", "Params", "Plan", "Report", "Run", "Scores", "Stack",
     "StackSpec", "State", "__version__", "allocate", "apply", "errors", "measure", "open", "testing",
     "undo", "verify",
 }  # fmt: skip
