@@ -21,6 +21,7 @@ INFRASTRUCTURE = {
     },
     "export": {
         "base": "the interface",
+        "dense": "tensors without packing, shared by several",
         "gguf_blocks": "packed matrices as GGML blocks",
         "gguf_metadata": "the table as GGUF metadata",
         "gguf_tensors": "the tensors of a GGUF file",
