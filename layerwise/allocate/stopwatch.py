@@ -98,6 +98,8 @@ class Stopwatch:
             past = next(starts)
             positions_1T = torch.arange(past, past + self.tokens, device=self.device)[None]
             flow = Flow(positions_1T, caches=caches, past=past, dtype=self.dtype)
+            if isinstance(row.mixer, Attention) and row.mixer.shares is not None:
+                flow.provide(row.mixer.shares, *self._ones(row.mixer, past + self.tokens))
             x_1TC = torch.ones(1, self.tokens, self.spec.hidden, dtype=self.dtype, device=self.device)
             for layer, block in enumerate(blocks):
                 x_1TC = block(x_1TC, flow, layer)
@@ -106,11 +108,13 @@ class Stopwatch:
 
     def _cache(self, row: LayerSpec) -> LayerCache:
         cache = LayerCache()
-        if isinstance(row.mixer, Attention):
-            shape = 1, row.mixer.kv_heads, self.past, row.mixer.head_dim
-            ones = torch.ones(shape, dtype=self.dtype, device=self.device)
-            cache.append(ones, ones)
+        if isinstance(row.mixer, Attention) and row.mixer.shares is None:
+            cache.append(*self._ones(row.mixer, self.past))
         return cache
+
+    def _ones(self, mixer: Attention, tokens: int) -> tuple[Tensor, Tensor]:
+        ones = torch.ones(1, mixer.kv_heads, tokens, mixer.head_dim, dtype=self.dtype, device=self.device)
+        return ones, ones
 
     def _time_outside(self, bare: StackSpec) -> float:
         decoder = self._filled(lambda: Decoder(bare))

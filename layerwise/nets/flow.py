@@ -84,6 +84,10 @@ class Flow:
             self._kept[layer] = both
         return both
 
+    def provide(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor) -> None:
+        """Keys and values of a layer that this pass does not run, for those that share them."""
+        self._kept[layer] = k_BKSD, v_BKSD
+
     def forked(self) -> Flow:
         """A flow that goes on from here by itself: what later layers leave for one another is its own."""
         return replace(self, _kept=dict(self._kept)) if self.sources else self

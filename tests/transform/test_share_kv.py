@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import layerwise as lw
+from layerwise.allocate.stopwatch import Stopwatch
 from layerwise.errors import BadOption
 from layerwise.generate.sample import generate, next_logits
 from layerwise.nets.decoder import Block
@@ -121,3 +122,8 @@ def test_greedy_text_is_that_of_plain_runs(stack: DecoderStack) -> None:
     for token in generate(stack, tokens, max_tokens=12):
         assert token == int(next_logits(stack, torch.tensor([tokens]), {}).argmax())
         tokens = [*tokens, token]
+
+
+def test_sharing_rows_can_be_timed(stack: DecoderStack) -> None:
+    watch = Stopwatch(stack.spec, past=16, repeats=2, folder=None)
+    assert watch.row(stack.spec.rows[4]) > 0
