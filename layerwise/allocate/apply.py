@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.allocate.plan import Plan
 from layerwise.data.text import TextData
@@ -18,8 +18,8 @@ from layerwise.stack.base import Stack, State
 from layerwise.stack.decoder import DecoderStack
 from layerwise.transform import TRANSFORMS
 from layerwise.transform.base import Transform
-from layerwise.transform.gram import grams
-from layerwise.transform.quantize import Quantize, pack_table, values
+from layerwise.transform.gram import grams, normed
+from layerwise.transform.quantize import Quantize, pack_table, table_gram, values
 from layerwise.transform.share_kv import ShareKV
 
 
@@ -44,11 +44,15 @@ def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStac
             expected="calibration text",
             do="pass data=layerwise.data.text_blocks('default', stack.tokenizer)",
         )
+    logits = outside.get("embedding" if stack.spec.tied else "head")
+    blocks, states = _edited_blocks(stack, layers, data, to_the_end=logits is not None and "gram" in logits.needs)
+    gram_CC = table_gram(normed(stack, states), stack.spec.tied) if states else None
+    looked_up = gram_CC if stack.spec.tied else None
     slim = stack.rebuilt(
         spec,
-        _edited_blocks(stack, layers, data),
-        embedding=_packed_table(stack.decoder.embedding, outside.get("embedding")),
-        head=_packed_table(stack.decoder.head, outside.get("head")),
+        blocks,
+        embedding=_packed_table(stack.decoder.embedding, outside.get("embedding"), looked_up),
+        head=_packed_table(stack.decoder.head, outside.get("head"), gram_CC),
     )
     slim.origin = stack, plan
     return slim
@@ -79,20 +83,24 @@ def _transforms(plan: Plan) -> tuple[dict[int, list[Transform]], dict[str, Quant
     return layers, outside
 
 
-def _packed_table(table: nn.Module | None, transform: Quantize | None) -> nn.Module | None:
+def _packed_table(table: nn.Module | None, transform: Quantize | None, gram_CC: Tensor | None) -> nn.Module | None:
     if transform is None or table is None:
         return None
-    return pack_table(values(table), transform.format, transform.method)
+    return pack_table(values(table), transform.format, transform.method, gram_CC)
 
 
 @torch.inference_mode()
 def _edited_blocks(
-    stack: DecoderStack, layers: dict[int, list[Transform]], data: TextData | None
-) -> list[nn.Module]:
-    """Edit the layers in order, carrying calibration states through the edited prefix while any edit needs them."""
+    stack: DecoderStack, layers: dict[int, list[Transform]], data: TextData | None, to_the_end: bool
+) -> tuple[list[nn.Module], list[State]]:
+    """Edit the layers in order, carrying calibration states through the edited prefix while any edit needs them.
+
+    With `to_the_end` also gives the states that leave the last layer, none without data.
+    """
     last = max(
         (layer for layer, edits in layers.items() if any("gram" in t.needs for t in edits)), default=-1
     )
+    last = len(stack) if to_the_end else last
     states: list[State] = []
     if last >= 0 and data is not None:
         states = [stack.start(batch.tokens_BT, batch.mask_BT) for batch in data.batches(4)]
@@ -109,18 +117,21 @@ def _edited_blocks(
             blocks.append(edited)
         if layer < last and edited is not None:
             states = [state.moved(edited(state.hidden, state.shared, layer), layer + 1) for state in states]
-    return blocks
+    return blocks, states if to_the_end else []
 
 
 def _edited(
     block: Block, row: LayerSpec, hidden: int, edits: Iterable[Transform], layer: int, states: list[State]
 ) -> nn.Module | None:
+    stats: dict[str, Tensor] | None = None
     for transform in edits:
-        stats = grams(block, layer, states) if "gram" in transform.needs else None
+        if stats is None and states and "gram" in transform.needs | transform.wants:
+            stats = grams(block, layer, states)
         edited_row = transform.edit(row, hidden)
         edited = transform.apply(block, row, stats)
         if edited is None or edited_row is None:
             return None
         assert isinstance(edited, Block)
         block, row = edited, edited_row
+        stats = stats if transform.keeps_inputs else None
     return block

@@ -143,8 +143,10 @@ def importance(column: Column, ratio: bool) -> list[float]:
 def _measured(scores: Scores, alternative: Alternative, target: Target) -> float:
     names = tried_columns(scores, alternative)
     if isinstance(target, str) and alternative.each and alternative.measured is not None:
-        tried = f"response:{alternative.measured.partition(':')[2]}"
-        return _value(scores[tried], target) if tried in scores else math.nan
+        setting = alternative.measured.partition(":")[2]
+        tried, left = f"response:{setting}", f"output-error:table:{setting}"
+        part = scores[left].outside.get(target, 1.0) if left in scores else 1.0
+        return part * _value(scores[tried], target) if tried in scores else math.nan
     if alternative.measured is None or not names:
         return math.nan
     if isinstance(target, int) and names == [alternative.measured] and names[0].count(":") == 2:

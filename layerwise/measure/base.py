@@ -144,10 +144,17 @@ class Reading(Instrument):
     def of_layer(self, stack: Stack, layer: int, states: Sequence[State]) -> Mapping[str, float]:
         """Part to value; a part that this layer cannot have is left out."""
 
-    def finish(self, found: Sequence[Mapping[str, float]]) -> tuple[Column, ...]:
-        """The columns, from the values of every layer; a part that no layer has makes none."""
-        return tuple(self.column(part, (values.get(part, math.nan) for values in found))
-                     for part in self.parts if any(part in values for values in found))
+    def of_tables(self, stack: Stack, states: Sequence[State]) -> Mapping[str, Mapping[str, float]]:
+        """"embedding" and "head" to part and value, from the states of all data that leave the last layer."""
+        return {}
+
+    def finish(self, found: Sequence[Mapping[str, float]],
+               tables: Mapping[str, Mapping[str, float]]) -> tuple[Column, ...]:
+        """The columns, from the values of every layer and table; a part that nothing has makes none."""
+        return tuple(
+            self.column(part, (values.get(part, math.nan) for values in found),
+                        {place: values[part] for place, values in tables.items() if part in values})
+            for part in self.parts if any(part in values for values in (*found, *tables.values())))
 
 
 class Gradient(Instrument):

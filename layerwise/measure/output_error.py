@@ -25,10 +25,11 @@ from layerwise.measure.scores import Direction
 from layerwise.nets.decoder import MATRICES, Block
 from layerwise.spec import Attention, Format, LayerSpec
 from layerwise.stack.base import Stack, State
-from layerwise.transform.gptq import gptq, output_error
-from layerwise.transform.gram import grams
+from layerwise.stack.decoder import DecoderStack
+from layerwise.transform.gptq import output_error
+from layerwise.transform.gram import grams, normed
 from layerwise.transform.output_error import energy, low_rank_errors, narrow_errors
-from layerwise.transform.quantize import SEARCH_STEPS, Method, values
+from layerwise.transform.quantize import SEARCH_STEPS, SWEEPS, Method, rounded_by, table_gram, values
 from layerwise.transform.rounding import round_to_nearest
 
 PROBE = Format(3, 64)
@@ -37,7 +38,8 @@ large enough to stand out of bfloat16 rounding, small enough that errors act in 
 
 FORMATS = ("8/row=", "6/64", "4/32", "4/64", "3/64", "2/64")
 STEP = 64
-ROWS = 96
+SEARCH: Method = "search"
+ROWS, TABLE_ROWS = 96, 512
 """Channels are kept in multiples of STEP; so many outputs of a matrix, evenly spaced, stand for all of them."""
 
 
@@ -47,7 +49,8 @@ class OutputError(Reading):
 
     `formats` are labels such as "4/128" (see `Format.label`), `method` how they are rounded. With `ranks`, columns
     `<matrix>:rank <share>` hold the error of factors with that share of the matrix's parameters; with `widths`,
-    `o:width <share>` and `down:width <share>` that of keeping this share of key-value heads or of channels.
+    `o:width <share>` and `down:width <share>` that of keeping this share of key-value heads or of channels. Columns
+    `table:<format>` say for token tables what part of the error of rounding with searched scales is left.
     """
 
     formats: tuple[str, ...] = FORMATS
@@ -77,6 +80,7 @@ class OutputError(Reading):
                          for what, shares in (("rank", self.ranks), ("width", self.widths)))
         found = [f"{matrix}:{label}" for matrix in MATRICES for label in (*self.formats, *ranks, "probe")]
         found += [f"{matrix}:{label}" for matrix in ("o", "down") for label in widths]
+        found += [f"table:{label}" for label in self.formats]
         return dict.fromkeys(found, self.unit)
 
     def of_layer(self, stack: Stack, layer: int, states: Sequence[State]) -> Mapping[str, float]:
@@ -109,9 +113,23 @@ class OutputError(Reading):
                 found[f"{name}:width {share:g}"] = float(errors_N[kept_units(share, units, name)]) / whole
         return found
 
+    def of_tables(self, stack: Stack, states: Sequence[State]) -> Mapping[str, Mapping[str, float]]:
+        if not isinstance(stack, DecoderStack) or self.method not in SWEEPS:
+            return {}
+        gram_CC = table_gram(normed(stack, states), stack.spec.tied)
+        place, table = ("embedding", stack.decoder.embedding) if stack.spec.tied else ("head", stack.decoder.head)
+        assert table is not None
+        weight_VC = sampled(values(table), TABLE_ROWS)
+        found = {}
+        for label, format in self._formats():
+            plain, better = (_total(weight_VC, gram_CC, rounded_by(method, weight_VC, format, gram), format)
+                             for method, gram in ((SEARCH, None), (self.method, gram_CC)))
+            found[f"table:{label}"] = better / plain
+        return {place: found}
+
     def of_matrix(self, weight_OI: Tensor, gram_II: Tensor, what: str = "the matrix") -> dict[str, float]:
         """Relative squared output error by format label, and of the probe."""
-        weight_OI = weight_OI[:: max(1, len(weight_OI) // ROWS)].float()
+        weight_OI = sampled(weight_OI, ROWS)
         whole = float(((weight_OI @ gram_II) * weight_OI).sum()) or 1.0
         importance_I = gram_II.diagonal()
 
@@ -121,8 +139,8 @@ class OutputError(Reading):
 
         probe = _total(weight_OI, gram_II, round_to_nearest(weight_OI, PROBE, what=what), PROBE)
         gain = 1.0
-        if self.method == "gptq":
-            compensated = gptq(weight_OI, gram_II, PROBE, search=SEARCH_STEPS, what=what)
+        if self.method in SWEEPS:
+            compensated = rounded_by(self.method, weight_OI, PROBE, gram_II, what)
             gain = _total(weight_OI, gram_II, compensated, PROBE) / max(searched(PROBE), 1e-30)
         if self.method == "nearest":
             errors = {label: _total(weight_OI, gram_II, round_to_nearest(weight_OI, format, what=what), format)
@@ -133,6 +151,11 @@ class OutputError(Reading):
 
     def _formats(self) -> list[tuple[str, Format]]:
         return [(label, Format.parse(label)) for label in self.formats]
+
+
+def sampled(weight_OI: Tensor, rows: int) -> Tensor:
+    """About so many rows, evenly spaced, float32."""
+    return weight_OI[:: max(1, len(weight_OI) // rows)].float()
 
 
 def units_of(row: LayerSpec) -> dict[str, int]:

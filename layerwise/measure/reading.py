@@ -14,7 +14,7 @@ from layerwise.measure.inputs import Inputs
 from layerwise.measure.journal import Journal
 from layerwise.measure.progress import Progress
 from layerwise.measure.scores import Column
-from layerwise.stack.base import Stack
+from layerwise.stack.base import Stack, State
 
 
 def read(stack: Stack, inputs: Inputs, readings: Sequence[Reading], journals: Sequence[Journal],
@@ -33,13 +33,23 @@ def read(stack: Stack, inputs: Inputs, readings: Sequence[Reading], journals: Se
         states = [stack.run(state, slice(layer, layer + 1)) for state in states]
         _check(states, layer, stack.name)
         progress.step()
-    return [reading.finish(found) for reading, found in zip(readings, values, strict=True)]
+    return [reading.finish(found, _tables(reading, stack, states, journal))
+            for reading, found, journal in zip(readings, values, journals, strict=True)]
 
 
-def _check(states: Sequence[object], layer: int, name: str) -> None:
+def _tables(reading: Reading, stack: Stack, states: Sequence[State], journal: Journal) -> dict[str, dict[str, float]]:
+    if "tables/" not in journal:
+        for place, values in reading.of_tables(stack, states).items():
+            for part, value in values.items():
+                journal[f"{place}/{part}"] = value
+        journal["tables/"] = 1.0
+    return {place: {part: journal[f"{place}/{part}"] for part in reading.parts if f"{place}/{part}" in journal}
+            for place in ("embedding", "head")}
+
+
+def _check(states: Sequence[State], layer: int, name: str) -> None:
     for batch, state in enumerate(states):
-        hidden = state.hidden  # type: ignore[attr-defined]
-        if not bool(hidden.isfinite().all()):
+        if not bool(state.hidden.isfinite().all()):
             raise BadData(f"activations of {name} that are not finite after layer {layer}, in batch {batch}",
                           expected="finite activations",
                           do="check the weights with `layerwise doctor`, or compute in float32")

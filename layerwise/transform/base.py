@@ -26,6 +26,8 @@ class Transform(ABC):
     """Statistics without which `apply` cannot work: empty, or {"gram"}."""
     wants: ClassVar[frozenset[str]] = frozenset()
     """Statistics that `apply` uses where they are at hand, and does without where they are not."""
+    keeps_inputs: ClassVar[bool] = False
+    """Whether what enters each matrix stays nearly as it was, so that the next edit may read the same statistics."""
 
     @abstractmethod
     def edit(self, row: LayerSpec, hidden: int) -> LayerSpec | None:

@@ -5,13 +5,14 @@ Shapes: N tokens, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from layerwise.nets.decoder import Block
 from layerwise.stack.base import State
+from layerwise.stack.decoder import DecoderStack
 from layerwise.transform.moments import watching
 
 SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
@@ -44,3 +45,12 @@ def grams(block: Block, layer: int, states: Iterable[State]) -> dict[str, Tensor
             real_N = None if valid_BS is None else valid_BS[:, -state.hidden.shape[1] :].flatten()
             block(state.hidden, state.shared, layer)
     return {name: sums[name if name in watched else SAME_INPUT[name]] for name in matrices}
+
+
+@torch.inference_mode()
+def normed(stack: DecoderStack, states: Iterable[State]) -> Iterator[Tensor]:
+    """What the head multiplies, [N, C] of real tokens, for every state that has passed all layers."""
+    for state in states:
+        valid_BS = state.shared.valid_BS
+        x_NC = stack.decoder.norm(state.hidden).flatten(0, 1)
+        yield x_NC if valid_BS is None else x_NC[valid_BS[:, -state.hidden.shape[1] :].flatten()]
