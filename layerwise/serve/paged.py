@@ -146,12 +146,12 @@ class PagedFlow(Flow):
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """Neighbouring rows whose sizes have the same number of binary digits."""
+        """Neighbouring rows of few tokens whose numbers have as many binary digits; every other row by itself."""
         found: list[Bucket] = []
         start = 0
         for row in self.rows:
             stop = start + row.size
-            if found and row.size.bit_length() == found[-1].rows[-1].size.bit_length():
+            if found and row.size <= FEW and row.size.bit_length() == found[-1].rows[-1].size.bit_length():
                 found[-1].rows.append(row)
                 found[-1].tokens = slice(found[-1].tokens.start, stop)
             else:
