@@ -27,7 +27,7 @@ def rows() -> list[Row]:
     stack = lw.open("smollm2")
     assert stack.tokenizer is not None
     data = text_blocks("default", stack.tokenizer, length=LENGTH, blocks=BLOCKS)
-    forward = [name for name in INSTRUMENTS if isinstance(INSTRUMENTS[name](), Forward)]
+    forward = [name for name in INSTRUMENTS if issubclass(INSTRUMENTS[name], Forward) and not INSTRUMENTS[name].slow]
     return [_overhead(stack, data, forward), *_sweeps(stack, data)]
 
 

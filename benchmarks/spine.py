@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoder, instruments, startup, streaming
+from benchmarks import decoder, instruments, memory, startup, streaming
 from benchmarks.common import Row, bandwidth, machine, peak, table
 
 
@@ -33,7 +33,7 @@ def main() -> None:
 def _page(scratch: Path) -> str:
     optimized, found = _optimize(scratch / "run")
     low, high = found["after"]["perplexity_interval"]
-    rows = [*optimized, *decoder.rows(scratch / "run" / "model"), *instruments.rows(), *startup.rows(),
+    rows = [*optimized, *decoder.rows(scratch / "run" / "model"), *instruments.rows(), *memory.rows(), *startup.rows(),
             *streaming.rows(scratch)]
     return "\n\n".join([
         "# Speed and memory of the spine", f"Command: `python -m benchmarks.spine`. Date: {time.strftime('%Y-%m-%d')}.",

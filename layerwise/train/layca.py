@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SMALLEST = 1e-7
+SMALLEST = 1e-6
+"""Share of an update that rounding may leave when it is projected."""
 Base = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 
 
 def turned(weight: Tensor, update: Tensor, rho: float) -> Tensor:
     """`weight` turned by arctan(rho) against `update`; as it is where the update only changes its length."""
     length = torch.linalg.vector_norm(weight)
+    given = torch.linalg.vector_norm(update)
     update = update - (update * weight).sum() * weight / length**2
     size = torch.linalg.vector_norm(update)
-    if float(size) <= SMALLEST:
+    if float(size) <= SMALLEST * float(given):
         return weight
     moved = weight - rho * length * update / size
     found: Tensor = moved * length / torch.linalg.vector_norm(moved)

@@ -65,3 +65,9 @@ def test_it_learns_in_the_loop_with_its_schedule() -> None:
     fit(net, data, recipe, optimizer=lambda p, _: Layca(p, rates(len(p), 0.03, 0.0)))
     assert accuracy(net, data) > 0.85
     assert [float(p.detach().norm()) for p in net.parameters()] == pytest.approx(start, rel=1e-4)
+
+
+def test_rounding_of_a_long_weight_is_no_update() -> None:
+    weight = 30 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(turned(weight, 2 * weight, 0.1), weight)
+    assert torch.equal(turned(weight, torch.zeros_like(weight), 0.1), weight)

