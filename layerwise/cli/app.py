@@ -8,6 +8,8 @@ import typer
 
 from layerwise import __version__
 from layerwise.cli.apply import apply
+from layerwise.cli.batch import batch
+from layerwise.cli.chat import chat
 from layerwise.cli.compare import compare
 from layerwise.cli.doctor import doctor
 from layerwise.cli.export import export
@@ -15,6 +17,7 @@ from layerwise.cli.generate import generate
 from layerwise.cli.optimize import optimize
 from layerwise.cli.profile import profile
 from layerwise.cli.reproduce import reproduce
+from layerwise.cli.serve import serve
 from layerwise.cli.systems import systems
 
 app = typer.Typer(

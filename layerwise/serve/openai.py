@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from layerwise.serve.request import MOST_LOGPROBS, Grammar, Params
 
@@ -16,9 +16,19 @@ MOST_CHOICES = 64
 COLDEST = 1e-4
 """Temperatures below are 0: dividing logits by less leaves the range of float32."""
 
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair is no character") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_utf8)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-Tokens = Annotated[list[Token], FailFast()]
-Text = Annotated[str, Field(max_length=1024)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
+Stop = Annotated[Text, Field(max_length=1024)]
 Unused = Any
 Absent = Annotated[list[Any], Field(max_length=0)]
 
@@ -67,7 +77,7 @@ class Sampling(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
@@ -120,8 +130,8 @@ class Sampling(Body):
 class CompletionBody(Sampling):
     """`POST /v1/completions`: text or token ids to continue, one prompt or several."""
 
-    prompt: str | Tokens | Annotated[list[str], Field(max_length=256), FailFast()] | Annotated[
-        list[Tokens], Field(max_length=256), FailFast()]
+    prompt: Text | Tokens | Annotated[list[Text], Field(max_length=256, fail_fast=True)] | Annotated[
+        list[Tokens], Field(max_length=256, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -130,16 +140,15 @@ class CompletionBody(Sampling):
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt by itself."""
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
+        given: list[Any] = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        return [given] if given and isinstance(given[0], int) else given
 
 
 class Part(Body):
     """A piece of a message; only text is understood."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -148,7 +157,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: Text | list[Part] | None = None
     tool_calls: Absent | None = None
 
     def plain(self) -> dict[str, str]:
@@ -161,7 +170,7 @@ class Message(BaseModel):
 class ChatBody(Sampling):
     """`POST /v1/chat/completions`: a conversation to answer."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096), FailFast()]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None

@@ -6,9 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from layerwise.serve.request import Completion, Usage
-
-FINISH = {"stop": "stop", "length": "length"}
+from layerwise.serve.request import Usage
 
 
 class Model(BaseModel):
@@ -88,27 +86,20 @@ class Answer(BaseModel):
     content: str
 
 
-class Delta(BaseModel):
-    """The next piece of a message."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
 class ChatChoice(BaseModel):
     """One answer of several."""
 
     index: int
     message: Answer
     logprobs: ChatLogprobs | None = None
-    finish_reason: str
+    finish_reason: str | None
 
 
 class ChatPiece(BaseModel):
-    """The next piece of one answer."""
+    """The next piece of one answer; `delta` has its role, the next text, or nothing at the end."""
 
     index: int
-    delta: Delta
+    delta: dict[str, str]
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
 
@@ -173,8 +164,3 @@ def error(message: str, kind: str = "invalid_request_error", param: str | None =
     clean = message.encode("utf-8", "replace").decode()
     where = param and param.encode("utf-8", "replace").decode()
     return ErrorReply(error=Problem(message=clean, type=kind, param=where, code=code)).model_dump()
-
-
-def finish_reason(completion: Completion) -> str:
-    """As clients know it."""
-    return FINISH[completion.finish]

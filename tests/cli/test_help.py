@@ -15,7 +15,7 @@ import pytest
 Command = Callable[..., Any]
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["profile", "optimize", "apply", "export", "compare", "generate", "systems", "reproduce", "doctor"]
+COMMANDS = ["profile", "optimize", "apply", "export", "compare", "generate", "serve", "chat", "batch", "systems", "reproduce", "doctor"]
 HEAVY = ["torch", "transformers", "numpy", "pandas", "scipy", "plotly", "rich", "tokenizers", "jinja2"]
 
 

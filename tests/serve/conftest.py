@@ -8,6 +8,7 @@ import torch
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
 from tests.serve.plain import prompts
+from tests.serve.served import served, talker, tiny_folder  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")

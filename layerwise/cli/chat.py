@@ -1,0 +1,84 @@
+"""`layerwise chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerwise.cli.options import Json, Model
+from layerwise.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from layerwise.serve.talk import Talk
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="Instructions before the conversation.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw among tokens that make up this share.")] = 0.95,
+    seed: Annotated[int | None, typer.Option("--seed", help="Draws the tokens; by default another every time.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens of one answer.", min=1)] = 512,
+    as_json: Json = False,
+) -> None:
+    """Talk with a model.
+
+    /clear begins anew, /exit or Ctrl-D ends, Ctrl-C interrupts an answer. Lines may also be piped in.
+    """
+    from rich.console import Console
+
+    from layerwise.serve.engine import Engine
+    from layerwise.serve.request import Params
+    from layerwise.serve.talk import Talk
+    from layerwise.stack.open import open
+
+    screen = Screen(as_json)
+    params = Params(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    screen.tell(f"opening {model}")
+    talk = Talk(Engine(open(model), running=1), params, system)
+    console = Console(stderr=as_json, highlight=False)
+    for text in said(console):
+        if text == "/clear":
+            talk.clear()
+        else:
+            reply(talk, text, console)
+    screen.finish({"messages": talk.messages})
+
+
+def said(console: Console) -> Iterator[str]:
+    """What the user says, line by line; piped lines are shown as if typed."""
+    typed = sys.stdin.isatty()
+    while True:
+        try:
+            text = console.input("[bold cyan]> [/]") if typed else next(sys.stdin).rstrip("\n")
+        except (EOFError, KeyboardInterrupt, StopIteration):
+            return
+        if text.strip() in ("/exit", "/quit"):
+            return
+        if text.strip():
+            if not typed:
+                console.print(f"> {text}", style="bold cyan", markup=False)
+            yield text.strip()
+
+
+def reply(talk: Talk, text: str, console: Console) -> None:
+    """Show the answer while it is written."""
+    began = time.perf_counter()
+    pieces = talk.say(text)
+    try:
+        for piece in pieces:
+            console.print(piece, end="", markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        pieces.close()
+    console.print()
+    if talk.forgotten:
+        console.print(f"({talk.forgotten} earlier turns no longer fit and are forgotten)", style="dim")
+    if talk.written:
+        rate = talk.written / (time.perf_counter() - began)
+        console.print(f"{talk.written} tokens, {rate:.1f} tokens/s", style="dim")

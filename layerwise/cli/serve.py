@@ -1,0 +1,57 @@
+"""`layerwise serve`: a model behind OpenAI's interface."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from layerwise.cli.options import Json, Model
+from layerwise.cli.screen import Screen
+
+
+def serve(
+    model: Model,
+    port: Annotated[int, typer.Option("--port", "-p", help="0 takes a free one.", min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option("--host", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    name: Annotated[str | None, typer.Option("--name", help="What clients call the model.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="LAYERWISE_API_KEY", show_envvar=True, help="What clients must show."),
+    ] = None,
+    running: Annotated[int, typer.Option("--running", help="Requests at once.", min=1)] = 64,
+    waiting: Annotated[int, typer.Option("--waiting", help="Requests in the queue; more get 429.", min=1)] = 1024,
+    cache_tokens: Annotated[
+        int | None, typer.Option("--cache-tokens", help="Tokens kept in the caches of all layers.", min=16)
+    ] = None,
+    prefix_cache: Annotated[bool, typer.Option(help="Share equal beginnings of prompts.")] = True,
+    max_prompt: Annotated[int | None, typer.Option("--max-prompt", help="Tokens of a prompt.", min=1)] = None,
+    max_body: Annotated[int, typer.Option("--max-body", help="Bytes of a request.", min=64)] = 1 << 20,
+    seconds: Annotated[float, typer.Option("--timeout", help="Seconds for a request.", min=0.1)] = 600.0,
+    grace: Annotated[float, typer.Option("--grace", help="Seconds to finish in after SIGTERM.", min=0)] = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Serve a model to OpenAI clients and browsers.
+
+    Ends on Ctrl-C or SIGTERM, after the running requests.
+    """
+    from layerwise.serve.run import bind, run
+
+    screen = Screen(as_json)
+    bound = bind(host, port)
+    screen.tell(f"opening {model}")
+    from layerwise.serve.background import AsyncEngine
+    from layerwise.serve.engine import Engine
+    from layerwise.stack.open import open
+
+    stack = open(model)
+    engine = Engine(stack, running=running, waiting=waiting, cache_tokens=cache_tokens, prefix_cache=prefix_cache)
+    from layerwise.serve.service import Bounds, Service
+
+    service = Service(AsyncEngine(engine), name or stack.name, Bounds(max_body, max_prompt, seconds=seconds))
+    host, port = bound.getsockname()[:2]
+    where = f"http://{host}:{port}"
+    run(service, bound, key=api_key or None, grace=grace,
+        ready=lambda: screen.tell(f"serving {service.name} on {where} (page) and {where}/v1 (OpenAI)"))
+    screen.tell("stopped")
+    screen.finish({"model": service.name, "url": where, **engine.metrics()})
