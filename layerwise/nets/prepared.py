@@ -126,7 +126,7 @@ def _stacked(layers: list[nn.Module]) -> nn.Module | None:
         joined = nn.Linear(1, 1, bias=bias_O is not None)
         joined.out_features, joined.in_features = weight_OI.shape
         joined.weight = nn.Parameter(weight_OI, requires_grad=False)
-        joined.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)  # type: ignore[assignment]
+        joined.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
         return joined
     if all(isinstance(layer, PackedLinear) and layer.format == first.format for layer in layers):
         return PackedLinear.stacked(layers, bias_O)  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def few_queries(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, seen: Tensor | N
     if a.softcap is not None:
         logits, scale = a.softcap * torch.tanh(logits * (scale / a.softcap)), 1.0
     logits = logits * scale if seen is None else torch.add(seen[None, :, 0, None], logits, alpha=scale)
-    weights = logits.softmax(-1, dtype=torch.float32).to(v_nSD.dtype)
+    weights = logits.softmax(-1)  # in float32 inside, rounded once
     out_KBGTD = torch.bmm(weights.view(kv * batch, -1, total), v_nSD).view(*shape, width)
     return out_KBGTD.transpose(0, 1).reshape(batch, heads, new, width)
 

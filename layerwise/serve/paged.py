@@ -166,14 +166,17 @@ class PagedFlow(Flow):
         pool = self.pools[layer if entry.source is None else entry.source]
         assert pool is not None
         views, slots_N = self._group(entry.group)
-        q_NHD = q_BHTD[0].transpose(0, 1)
         if layer in self.watched:
-            self.queries[layer] = q_NHD
+            self.queries[layer] = q_BHTD[0].transpose(0, 1)
         fresh: Pair | None = None
         if k_BKTD is not None and v_BKTD is not None:
             pool.write(slots_N, k_BKTD[0], v_BKTD[0])
             fresh = (k_BKTD, v_BKTD) if pool.exact else None
-        parts = [_attend(view, pool, q_NHD, fresh, a) for view in views]
+        if len(self.rows) == 1:
+            return _attend(views[0], pool, q_BHTD, fresh, a)
+        q_NHD = q_BHTD[0].transpose(0, 1)
+        parts = [view.bucket.packed(_attend(view, pool, view.bucket.spread(q_NHD[view.bucket.tokens]), fresh, a))
+                 for view in views]
         out_NHD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out_NHD.transpose(0, 1)[None]
 
@@ -184,15 +187,14 @@ class PagedFlow(Flow):
         return self._views[group]
 
 
-def _attend(view: View, pool: Pool, q_NHD: Tensor, fresh: Pair | None, a: Attention) -> Tensor:
-    """What the tokens of one bucket get, [n, H, D]; `fresh` are the keys and values of the packed tokens, if exact."""
+def _attend(view: View, pool: Pool, q_RHTD: Tensor, fresh: Pair | None, a: Attention) -> Tensor:
+    """What the tokens of one bucket get, [R, H, T, D]; `fresh` are keys and values of the packed tokens, if exact."""
     bucket = view.bucket
-    q_RHTD = bucket.spread(q_NHD[bucket.tokens])
     if view.fresh and fresh is not None and (a.window is None or a.window >= bucket.longest):
         k, v = (new[:, :, bucket.tokens] for new in fresh)
-        return bucket.packed(softmax_attention(q_RHTD, k, v, None, a))
+        return softmax_attention(q_RHTD, k, v, None, a)
     k, v = pool.span(*view.span) if view.span is not None else pool.gather(view.blocks_RM)
+    slots = k.shape[2]
     if bucket.longest <= FEW and (len(bucket.rows) > 1 or bucket.longest > 1):
-        seen = view.seen(a.window, k.shape[2], q_RHTD.dtype)
-        return bucket.packed(few_queries(q_RHTD, k, v, seen, a))
-    return bucket.packed(softmax_attention(q_RHTD, k, v, view.mask(a.window, k.shape[2]), a))
+        return few_queries(q_RHTD, k, v, view.seen(a.window, slots, q_RHTD.dtype), a)
+    return softmax_attention(q_RHTD, k, v, view.mask(a.window, slots), a)

@@ -38,7 +38,7 @@ class Pool:
 
     def span(self, start: int, stop: int) -> Pair:
         """Consecutive slots, [1, K, S, D]."""
-        return self.k[None, :, start:stop], self.v[None, :, start:stop]
+        return self.k.narrow(1, start, stop - start)[None], self.v.narrow(1, start, stop - start)[None]
 
     def move(self, source_N: Tensor, target_N: Tensor) -> None:
         """Copy slots to other slots."""
