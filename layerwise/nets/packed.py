@@ -215,12 +215,12 @@ class PackedLinear(PackedMatrix):
     @classmethod
     def stacked(cls, layers: Sequence[PackedLinear], bias: Tensor | None = None) -> Self:
         """One layer whose outputs are those of layers of one format, one after the other."""
-        codes_OI = torch.cat([layer._unsigned()[:, : layer.in_features] for layer in layers])
+        codes_OI = torch.cat([layer.unsigned_codes()[:, : layer.in_features] for layer in layers])
         zeros = [layer.zero for layer in layers if layer.zero is not None]
         return cls.from_codes(codes_OI, torch.cat([layer.scale for layer in layers]),
                               torch.cat(zeros) if zeros else None, layers[0].format, bias)
 
-    def _unsigned(self) -> Tensor:
+    def unsigned_codes(self) -> Tensor:
         """All codes with their padding, uint8 [O, I]."""
         codes = self._codes(slice(0, self.out_features))
         return codes.view(torch.uint8) + 2 ** (self.format.bits - 1) if self._direct else codes

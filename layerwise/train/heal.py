@@ -1,37 +1,65 @@
-"""Heal: a short training that recovers what a transform cost, over a few layers or through adapters."""
+"""Heal: a short training that recovers what a transform cost, on a dropped, narrowed, low-rank or packed stack."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from layerwise.errors import BadOption, MissingExtra
-from layerwise.nets.decoder import MATRICES, Block, Decoder
+from layerwise.errors import BadData
+from layerwise.measure.identity import identity
 from layerwise.stack.decoder import DecoderStack
-from layerwise.train.loop import Recipe, train
+from layerwise.train.checkpoint import Checkpoint, digest
+from layerwise.train.distill import Teacher, Weights, distillation
+from layerwise.train.loop import AfterStep, Best, Clock, Recipe, train
+from layerwise.train.methods import Layers, Lora, Method, Partial, Scales, prepared, stored
+
+__all__ = ["Healed", "Healing", "Layers", "Lora", "Partial", "Recipe", "Scales", "distil", "heal", "next_token_loss"]
 
 Loss = Callable[[DecoderStack, Tensor], Tensor]
 
-
-@dataclass(frozen=True)
-class Partial:
-    """Train the last `layers` layers, the final norm, and the head (untied first, so the embedding stays)."""
-
-    layers: int = 3
-    head: bool = True
+FAST_RATE, SCALE_RATE = 3e-4, 3e-3
+"""Learning rates where dense weights are trained, and where only scales, norms and biases are."""
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Train low-rank adapters on every matrix of every layer, through PEFT, and merge them at the end."""
+class Healing:
+    """What a healing took and gave. `before` and `after` are losses of the same kind on text held out of it, nats.
 
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
+    Where `helped` is False, the model was left as it was, and `after` is what it would have become.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    before: float
+    after: float
+    helped: bool
+    parameters: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        change = f"loss on held-out blocks {self.before:.4f} -> {self.after:.4f} nats/token"
+        end = "" if self.helped else "; that is no gain, so the model was left as it was"
+        return f"{self.steps:,} steps on {self.tokens:,} tokens in {self.seconds / 60:.1f} minutes: {change}{end}"
+
+
+@dataclass(frozen=True)
+class Healed:
+    """The healed stack, what it took, and the loss of every step."""
+
+    stack: DecoderStack
+    healing: Healing
+    losses: list[float]
 
 
 def next_token_loss(stack: DecoderStack, tokens_BT: Tensor) -> Tensor:
@@ -43,79 +71,110 @@ def next_token_loss(stack: DecoderStack, tokens_BT: Tensor) -> Tensor:
 def heal(
     stack: DecoderStack,
     tokens_NT: Tensor,
-    method: Partial | Lora,
+    method: Method,
     recipe: Recipe | None = None,
     *,
     loss: Loss = next_token_loss,
 ) -> tuple[DecoderStack, list[float]]:
     """Train a float32 copy of `stack` on blocks of tokens; returns it in the dtype of `stack`, and the losses.
 
-    The recipe's seed draws batches, adapters and dropout; the global generator is left as it was. Raises
-    BadOption for a packed stack (train before quantizing) and MissingExtra where PEFT is needed.
+    The recipe's seed draws batches, adapters and dropout; the global generator is left as it was. Raises BadOption
+    for a method that does not suit the stack and MissingExtra where PEFT is needed.
     """
-    if stack.spec.packed():
-        raise BadOption("healing a stack with packed matrices", expected="dense weights", do="heal, then quantize")
-    recipe, trained = recipe or Recipe(), stack.copied(torch.float32)
+    recipe = recipe or Recipe()
+    with _seeded(stack, recipe.seed):
+        student = prepared(stack, method)
+        losses = train(_trainable(student), lambda tokens_BT: loss(student, tokens_BT), tokens_NT, recipe)
+    return stored(student, stack), losses
+
+
+def distil(
+    stack: DecoderStack,
+    original: DecoderStack,
+    tokens_NT: Tensor,
+    held_NT: Tensor,
+    kept: Sequence[int],
+    method: Method | None = None,
+    recipe: Recipe | None = None,
+    *,
+    weights: Weights | None = None,
+    folder: str | Path | None = None,
+    after: Sequence[AfterStep] = (),
+) -> Healed:
+    """Heal `stack` by learning from the `original` it was made of, and never make it worse.
+
+    `kept` says which layer of the original each layer of `stack` was. Training reads `tokens_NT`; the best state is
+    chosen on `held_NT`, blocks of the same kind that training does not read, and where even that comes no nearer to
+    the original than `stack` was, `stack` itself is returned. Half-precision stacks are computed in half precision,
+    with weights and sums in float32. With `folder`, a killed healing goes on from its last state; in seconds, all
+    the time that `distil` takes counts. What is stored takes the bytes it took before.
+
+    Raises BadData without blocks to train or judge on, BadOption as `heal` and for layers that do not pair.
+    """
+    if not len(tokens_NT) or not len(held_NT):
+        raise BadData(f"{len(tokens_NT)} blocks to heal on and {len(held_NT)} to judge it by",
+                      expected="at least one of each", do="give more text")
+    method, weights = method or Layers(), weights or Weights()
+    recipe = recipe or defaults(stack, method)
+    clock = Clock(recipe)
+    name = digest(identity(stack), tokens_NT, held_NT, list(kept), method, recipe, weights)
+    checkpoint = Checkpoint(folder, name) if folder else None
+    lesson, held = Teacher(original, tokens_NT, kept), Teacher(original, held_NT, kept)
+    began = time.monotonic()
+    before = _judged(stack, held)
+    clock.reserve = 2 * (time.monotonic() - began)
+    with _seeded(stack, recipe.seed):
+        student = prepared(stack, method)
+        step, parameters = distillation(lesson, weights), _trainable(student)
+
+        def loss(rows_B1: Tensor) -> Tensor:
+            with _half(stack):
+                return step(student, rows_B1)
+
+        best = Best(lambda: _judged(student, held, stack))
+        rows_N1 = torch.arange(len(tokens_NT))[:, None]
+        losses = train(parameters, loss, rows_N1, recipe, after=after, best=best, checkpoint=checkpoint, clock=clock)
+    healed = stored(student, stack)
+    result = _judged(healed, held)
+    helped = result < before
+    tokens, trained = len(losses) * recipe.batch * tokens_NT.shape[1], sum(part.numel() for part in parameters)
+    healing = Healing(len(losses), tokens, clock.seconds, before, result, helped, trained)
+    return Healed(healed if helped else stack, healing, losses)
+
+
+def defaults(stack: DecoderStack, method: Method, steps: int = 100, seconds: float | None = None,
+             seed: int = 0) -> Recipe:
+    """A recipe whose learning rate suits what the method trains."""
+    packed = all(set(row.matrices(stack.spec.hidden)) <= set(row.formats) for row in stack.spec.rows)
+    rate = SCALE_RATE if packed or isinstance(method, Scales) else FAST_RATE
+    return Recipe(steps, 4, rate, warmup=10, seed=seed, seconds=seconds)
+
+
+@torch.no_grad()
+def _judged(student: DecoderStack, held: Teacher, like: DecoderStack | None = None) -> float:
+    """KL from the original on held-out blocks, nats per token; in half precision where `like` (or itself) is."""
+    step, values = distillation(held, Weights(hidden=0.0)), []
+    training = student.decoder.training
+    student.decoder.eval()
+    for row in range(len(held.tokens_NT)):
+        with _half(like or student):
+            values.append(float(step(student, torch.tensor([[row]]))))
+    student.decoder.train(training)
+    return sum(values) / len(values)
+
+
+def _half(stack: DecoderStack) -> torch.autocast:
+    dtype = stack.dtype if stack.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    return torch.autocast(stack.device.type, dtype=dtype, enabled=stack.dtype != torch.float32)
+
+
+def _trainable(student: DecoderStack) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in student.decoder.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def _seeded(stack: DecoderStack, seed: int) -> Iterator[None]:
+    """The global generators seeded inside, and as they were afterwards."""
     with torch.random.fork_rng([stack.device] if stack.device.type == "cuda" else []):
-        torch.manual_seed(recipe.seed)
-        if isinstance(method, Lora):
-            _adapt(trained, method)
-        else:
-            trained = _partial(trained, method)
-        trained.decoder.train()
-        parameters = [p for p in trained.decoder.parameters() if p.requires_grad]
-        losses = train(parameters, lambda tokens_BT: loss(trained, tokens_BT), tokens_NT, recipe)
-    if isinstance(method, Lora):
-        _merge(trained.decoder)
-    healed = trained.copied(stack.dtype)
-    healed.decoder.requires_grad_(False).eval()
-    return healed, losses
-
-
-def _partial(stack: DecoderStack, method: Partial) -> DecoderStack:
-    if not 0 <= method.layers <= len(stack):
-        raise BadOption(
-            f"healing {method.layers} of {len(stack)} layers",
-            expected=f"0 to {len(stack)}",
-            do="choose how many of the last layers to train",
-        )
-    if method.head and stack.spec.tied:
-        stack = untied(stack)
-    head = [stack.decoder.head] if method.head else []
-    last = [stack.block(layer) for layer in range(len(stack) - method.layers, len(stack))]
-    for module in (*last, stack.decoder.norm, *head):
-        if module is not None:
-            module.requires_grad_(True)
-    return stack
-
-
-def untied(stack: DecoderStack) -> DecoderStack:
-    """The same model with a head of its own: a copy of the embedding."""
-    if not stack.spec.tied:
-        return stack
-    embedding = stack.decoder.embedding
-    assert isinstance(embedding, nn.Embedding)
-    head = nn.Embedding.from_pretrained(embedding.weight.detach().clone())
-    return stack.rebuilt(replace(stack.spec, tied=False), list(stack.decoder.layers), head=head)
-
-
-def _adapt(stack: DecoderStack, method: Lora) -> None:
-    """Put PEFT adapters on every matrix, in place; only they are trainable."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise MissingExtra("peft", "peft", "healing with adapters") from error
-    config = LoraConfig(
-        r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, target_modules=list(MATRICES)
-    )
-    inject_adapter_in_model(config, stack.decoder)
-
-
-def _merge(decoder: Decoder) -> None:
-    """Fold the adapters into the matrices and put the plain linear layers back."""
-    for block in decoder.layers:
-        assert isinstance(block, Block)
-        for name, module in block.matrices().items():
-            if hasattr(module, "merge"):
-                module.merge()  # type: ignore[operator]
-                setattr(block.branch(name).body, name, module.base_layer)
+        torch.manual_seed(seed)
+        yield

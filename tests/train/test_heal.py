@@ -14,8 +14,9 @@ from layerwise.errors import BadOption
 from layerwise.spec import Attention, FeedForward, LayerSpec
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
-from layerwise.train.heal import Lora, Partial, _adapt, _merge, heal, next_token_loss, untied
+from layerwise.train.heal import Lora, Partial, heal, next_token_loss
 from layerwise.train.loop import Recipe, train
+from layerwise.train.methods import _adapt, _merge, untied
 
 RECIPE = Recipe(steps=12, batch=4, learning_rate=3e-3, warmup=2)
 
