@@ -15,7 +15,7 @@ from layerwise.allocate.edits import edited_row, edited_table
 from layerwise.allocate.losses import Target
 from layerwise.errors import BadOption, BadPlan, UnknownName
 from layerwise.io import atomic
-from layerwise.spec import LayerSpec, StackSpec
+from layerwise.spec import Format, LayerSpec, StackSpec
 
 FORMAT = "layerwise-plan-1"
 
@@ -35,6 +35,9 @@ class Edit:
         object.__setattr__(self, "arguments", plain)
 
     def __str__(self) -> str:
+        if self.transform == "quantize" and {"bits", "group", "symmetric"} <= set(self.arguments):
+            label = Format(*(self.arguments[name] for name in ("bits", "group", "symmetric"))).label
+            return f"{label} {' '.join(self.arguments.get('matrices') or ())}".rstrip()
         settings = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
         return f"{self.transform} {settings}".rstrip()
 
@@ -42,7 +45,8 @@ class Edit:
         """A few words: `4 bits`, `drop layer`."""
         if "bits" in self.arguments:
             return f"{self.arguments['bits']} bits"
-        return " ".join([self.transform, *map(str, self.arguments.values())])
+        settings = (value for name, value in self.arguments.items() if name != "matrices")
+        return " ".join([self.transform, *map(str, settings)])
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Plan:
         return "; ".join([", ".join(parts), *self._totals()])
 
     def _brief(self, target: Target) -> str:
-        return ", then ".join(edit.brief() for edit in self.of(target)) or "keep"
+        return _brief(self.of(target))
 
     def _tables(self) -> list[str]:
         return [target for target in ("embedding", "head") if self.of(target)]
@@ -221,6 +225,15 @@ def _bad_edit(place: int, edit: Edit, reason: str) -> BadPlan:
 
 def _what(edits: list[Edit]) -> str:
     return ", then ".join(str(edit) for edit in edits) or "keep"
+
+
+def _brief(edits: list[Edit]) -> str:
+    """Few words for all edits of a target; of formats only the widths: `drop attention, 3 to 6 bits`."""
+    widths = sorted({edit.arguments["bits"] for edit in edits if "bits" in edit.arguments})
+    words = list(dict.fromkeys(edit.brief() for edit in edits if "bits" not in edit.arguments))
+    if widths:
+        words.append(f"{widths[0]} bits" if len(widths) == 1 else f"{widths[0]} to {widths[-1]} bits")
+    return ", ".join(words) or "keep"
 
 
 def _name(target: Target) -> str:

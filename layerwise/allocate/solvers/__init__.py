@@ -6,6 +6,7 @@ SOLVERS = Registry("solver", {
     "milp": "layerwise.allocate.solvers.milp:Milp",
     "dynamic-programming": "layerwise.allocate.solvers.dynamic_programming:DynamicProgramming",
     "greedy": "layerwise.allocate.solvers.greedy:Greedy",
+    "evolution": "layerwise.allocate.solvers.evolution:Evolution",
     "rank-and-cut": "layerwise.allocate.solvers.rank_and_cut:RankAndCut",
     "proportional": "layerwise.allocate.solvers.proportional:Proportional",
     "uniform": "layerwise.allocate.solvers.uniform:Uniform",

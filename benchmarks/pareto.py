@@ -1,0 +1,255 @@
+"""The joint plan beside every single currency, llama.cpp's mixtures and controls, at equal bytes on the same text.
+
+    python -m benchmarks.pareto smollm2 build/pareto/smollm2 [--mixtures FOLDER] [--shares 60,45,35,30,25]
+
+Every point is kept in the folder as soon as it is measured, and a run that was stopped goes on from there. All
+methods round with the same quantizer (GPTQ on the same 16 blocks) and are compared with the original on text that
+none of them has seen. A single currency may do what tools of that kind do today: one format for every matrix;
+one width for each layer in one group size; whole layers left out; factors of low rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+import layerwise as lw
+from benchmarks.common import machine
+from layerwise.allocate.apply import apply
+from layerwise.allocate.budget import Budget
+from layerwise.allocate.choices import Choice, Groups, dropped, factors, keep
+from layerwise.allocate.losses import Alternative
+from layerwise.allocate.plan import Plan
+from layerwise.allocate.solve import allocate
+from layerwise.allocate.solvers.base import Solver
+from layerwise.allocate.solvers.milp import Milp
+from layerwise.data.bootstrap import paired_interval, paired_ratio_interval
+from layerwise.data.text import TextData
+from layerwise.errors import BadBudget
+from layerwise.io import atomic
+from layerwise.measure.engine import measure
+from layerwise.measure.output_error import OutputError
+from layerwise.measure.scores import Scores
+from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
+from layerwise.report.optimize import SHORT, calibration_text, parted
+from layerwise.report.refine import refine
+from layerwise.report.verify import compare_on, verification_text
+from layerwise.stack.decoder import DecoderStack
+
+SHARES = (60, 45, 35, 30, 25)
+RANKS = (0.8, 0.6, 0.4, 0.2, 0.1, 0.05)
+Point = dict[str, Any]
+
+
+class Bench:
+    """One model with its text, scores and the points measured so far."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack = lw.open(name)
+        assert isinstance(stack, DecoderStack)
+        self.stack, self.folder = stack, folder
+        self.calibration, self.trial = parted(calibration_text(stack, "default", 0))
+        self.text: TextData = verification_text(stack, "default")
+        self.points: dict[str, Point] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.whole = defaults_for(Budget(bytes=0.2), stack.spec)
+        self.scores = self._scores()
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "points.json"
+
+    def _scores(self) -> Scores:
+        path = self.folder / "scores.parquet"
+        if path.exists():
+            return Scores.load(path)
+        (errors,) = reading(self.whole)
+        assert isinstance(errors, OutputError)
+        began = time.monotonic()
+        journal = self.folder / "measured.jsonl"
+        scores = measure(self.stack, self.trial.shortened(SHORT), trying(self.whole), resume=journal)
+        middle = time.monotonic()
+        scores = scores.merge(measure(self.stack, self.calibration, [replace(errors, ranks=RANKS)], resume=journal))
+        self.seconds("trials", middle - began)
+        self.seconds("statistics", time.monotonic() - middle)
+        scores.save(path)
+        return scores
+
+    def seconds(self, what: str, value: float) -> None:
+        print(f"{what}: {value:.0f} s", flush=True)
+        self._keep(f"seconds {what}", {"seconds": value})
+
+    def _keep(self, key: str, point: Point) -> None:
+        self.points[key] = point
+        atomic.write_text(self._file, json.dumps(self.points))
+
+    def point(self, key: str, make: Callable[[], tuple[int, DecoderStack]]) -> None:
+        """Measure what `make` gives, unless that was done; a budget that cannot be met leaves no point."""
+        if key in self.points:
+            return
+        began = time.monotonic()
+        try:
+            size, slim = make()
+        except BadBudget as error:
+            print(f"{key}: {error.expected}", flush=True)
+            return
+        found = compare_on(self.stack, slim, self.text)
+        self._keep(key, {
+            "bytes": size, "seconds": time.monotonic() - began, "kl": found.kl_N.tolist(),
+            "positions": found.positions_N.tolist(), "before": found.before.sum_N.tolist(),
+            "after": found.after.sum_N.tolist(), "tokens": found.before.tokens_N.tolist()})
+        spent = time.monotonic() - began
+        print(f"{key}: {size / 1e6:.1f} MB, KL {kl_of(self.points[key]):.4f}, {spent:.0f} s", flush=True)
+
+    def carried_out(self, plan: Plan) -> tuple[int, DecoderStack]:
+        slim = apply(self.stack, plan, self.calibration)
+        return slim.spec.bytes(), slim
+
+    def joint(self, budget: Budget, alternatives: list[Alternative] | None = None) -> tuple[int, DecoderStack]:
+        """What `layerwise optimize` does."""
+        offered = alternatives or defaults_for(budget, self.stack.spec)
+        rounds = refine(self.stack, self.scores, lambda scores: allocate(scores, budget, alternatives=offered),
+                        self.calibration, self.trial, tell=lambda words: print(f"  {words}", flush=True))
+        best = min(rounds, key=lambda one: one.measured).plan
+        best.save(self.folder / f"plan-{budget}-{len(offered)}.json".replace(" ", "-"))
+        return self.carried_out(best)
+
+    def single(self, budget: Budget, alternatives: list[Alternative], solver: str | Solver = "milp"
+               ) -> tuple[int, DecoderStack]:
+        return self.carried_out(allocate(self.scores, budget, solver=solver, alternatives=alternatives))
+
+
+@dataclass(frozen=True)
+class PerLayer(Solver):
+    """One width for a whole layer, every width in its largest group: what tools that allocate bits offer."""
+
+    name: ClassVar[str] = "per-layer"
+    labels: tuple[str, ...] = ()
+
+    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+        offered = [[choice for choice in group if not isinstance(choice.target, int) or choice.label in self.labels]
+                   for group in groups]
+        return Milp().solve(offered, limits, seed)
+
+
+def per_layer(bits: Sequence[Alternative]) -> PerLayer:
+    widest = {item.arguments["bits"]: item.label for item in bits if (item.transform and "row" not in item.label)
+              or item.label == "8/row="}
+    return PerLayer(("keep", *widest.values()))
+
+
+def kl_of(point: Point) -> float:
+    return float(np.sum(point["kl"]) / np.sum(point["positions"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--mixtures", type=Path)
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)))
+    parser.add_argument("--only", default="")
+    given = parser.parse_args()
+    bench = Bench(given.model, given.folder)
+    shares = [int(share) for share in given.shares.split(",")]
+    wanted = given.only.split(",") if given.only else None
+    for share in shares:
+        for name, make in methods(bench, Budget(bytes=share / 100)).items():
+            if wanted is None or name in wanted:
+                bench.point(f"{share} {name}", make)
+    if given.mixtures and (wanted is None or "llama.cpp" in wanted):
+        compare_with_mixtures(bench, given.mixtures)
+    page = report(bench, given.model, shares)
+    atomic.write_text(given.folder / "report.md", page)
+    print(page)
+
+
+def methods(bench: Bench, budget: Budget) -> dict[str, Callable[[], tuple[int, DecoderStack]]]:
+    spec = bench.stack.spec
+    bits = parse_alternatives(["bits"], spec)
+    return {
+        "joint": lambda: bench.joint(budget),
+        "bits per matrix": lambda: bench.joint(budget, bits),
+        "bits per layer": lambda: bench.single(budget, bits, per_layer(bits)),
+        "uniform bits": lambda: bench.single(budget, bits, "uniform"),
+        "depth": lambda: bench.single(budget, [keep(), dropped()]),
+        "rank": lambda: bench.single(budget, [keep(), *factors(RANKS)]),
+        "shuffled": lambda: bench.single(budget, defaults_for(budget, spec), "shuffled"),
+        "reversed": lambda: bench.single(budget, defaults_for(budget, spec), "reversed"),
+    }
+
+
+def compare_with_mixtures(bench: Bench, folder: Path) -> None:
+    """llama.cpp's mixtures, and the joint plan at the size of each."""
+    from benchmarks.peers.llamacpp import llamacpp_mixtures
+
+    for name, (size, opened) in llamacpp_mixtures(bench.stack, folder).items():
+        bench.point(f"{name} llama.cpp", lambda size=size, opened=opened: (size, opened))
+        bench.point(f"{name} joint", lambda size=size: bench.joint(Budget(bytes=size)))
+
+
+def report(bench: Bench, model: str, shares: list[int]) -> str:
+    """Everything measured so far, as Markdown."""
+    points = bench.points
+    names = list(methods(bench, Budget(bytes=0.5)))
+    lines = [f"# The joint plan on {model}", "", f"`python -m benchmarks.pareto {model} FOLDER --mixtures FOLDER`, "
+             f"{machine()}; {len(bench.text)} blocks of {bench.text.length} tokens that no method has seen.", "",
+             "KL(original || result), nats per token:", "", f"| share of bytes | {' | '.join(names)} |",
+             f"|{'---|' * (len(names) + 1)}"]
+    for share in shares:
+        cells = [f"{kl_of(points[f'{share} {name}']):.4f}" if f"{share} {name}" in points else "-" for name in names]
+        lines.append(f"| {share} % | {' | '.join(cells)} |")
+    lines += ["", "Against the best of the four single currencies (bits per layer, uniform bits, depth, rank):", "",
+              "| share of bytes | best single | joint - best, 95 % | lower |", "|---|---|---|---|"]
+    for share in shares:
+        lines += _against_best(points, share)
+    return "\n".join([*lines, *_mixtures(points), *_seconds(points)]) + "\n"
+
+
+def _against_best(points: dict[str, Point], share: int) -> list[str]:
+    singles = [f"{share} {name}" for name in ("bits per layer", "uniform bits", "depth", "rank")]
+    known = [name for name in singles if name in points]
+    if not known or f"{share} joint" not in points:
+        return []
+    best, joint = min(known, key=lambda name: kl_of(points[name])), points[f"{share} joint"]
+    count = np.array(joint["positions"])
+    found = paired_interval(np.array(points[best]["kl"]) / count, np.array(joint["kl"]) / count)
+    return [f"| {share} % | {best.partition(' ')[2]} {kl_of(points[best]):.4f} | {found.value:+.4f} [{found.low:+.4f}, "
+            f"{found.high:+.4f}] | {'yes' if found.high < 0 else 'within noise' if found.low < 0 else 'no'} |"]
+
+
+def _mixtures(points: dict[str, Point]) -> list[str]:
+    known = [key.partition(" ")[0] for key in points if key.endswith(" llama.cpp") and
+             f"{key.partition(' ')[0]} joint" in points]
+    if not known:
+        return []
+    lines = ["", "Beside llama.cpp's mixtures (importance matrix from the same kind of text) at their own size; "
+             "perplexity increase over the original:", "",
+             "| mixture | MB | llama.cpp | joint | ratio | KL llama.cpp | KL joint |", "|---|---|---|---|---|---|---|"]
+    for name in known:
+        theirs, ours = points[f"{name} llama.cpp"], points[f"{name} joint"]
+        rises = [100 * math.expm1(paired_ratio_interval(
+            (np.array(p["before"]), np.array(p["tokens"])), (np.array(p["after"]), np.array(p["tokens"]))).value)
+            for p in (theirs, ours)]
+        lines.append(f"| {name} | {theirs['bytes'] / 1e6:.1f} | {rises[0]:+.2f} % | {rises[1]:+.2f} % | "
+                     f"{rises[1] / rises[0]:.2f} | {kl_of(theirs):.4f} | {kl_of(ours):.4f} |")
+    return lines
+
+
+def _seconds(points: dict[str, Point]) -> list[str]:
+    spent = [f"{key.partition(' ')[2]} {point['seconds']:.0f} s" for key, point in points.items()
+             if key.startswith("seconds")]
+    spent += [f"{key} {point['seconds']:.0f} s" for key, point in points.items() if key.endswith(" joint")]
+    return ["", f"Time: {', '.join(spent)} (with measuring on the text above)."]
+
+
+if __name__ == "__main__":
+    main()
