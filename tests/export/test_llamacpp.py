@@ -69,6 +69,10 @@ MODELS = {
                     LayerSpec(Attention(2, 1, 32), FeedForward(96))),
     "qwen2": biased("qwen2", qkv_bias=True),
     "qwen3": biased("qwen3", qk_norm=True),
+    "qwen3_moe": dataclasses.replace(llama(LayerSpec(
+        Attention(4, 2, 32, qk_norm=True), FeedForward(64, experts=4, experts_per_token=2))), family="qwen3_moe"),
+    "mixtral": dataclasses.replace(llama(LayerSpec(
+        Attention(4, 2, 32), FeedForward(64, experts=4, experts_per_token=2))), family="mixtral"),
     "gemma3": gemma(7),
     "gemma3-without-a-layer": without(1, gemma(8)),
     "gpt2": StackSpec("gpt2", 128, 97, (LayerSpec(
