@@ -7,5 +7,7 @@ TRANSFORMS = Registry("transform", {
     "low-rank": "layerwise.transform.low_rank:LowRank",
     "narrow": "layerwise.transform.narrow:Narrow",
     "quantize": "layerwise.transform.quantize:Quantize",
+    "rotate-values": "layerwise.transform.rotate:RotateValues",
+    "scale-inputs": "layerwise.transform.scale_inputs:ScaleInputs",
     "share-kv": "layerwise.transform.share_kv:ShareKV",
 })

@@ -13,6 +13,7 @@ Shapes: O outputs, I inputs, G groups in a row.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ def gptq(weight_OI: Tensor, gram_II: Tensor, format: Format, *, search: int = 0,
     codes_IO, grid = compensated(w_IO, factor, plain, format, block), plain
     if sweeps:
         codes_IO, grid = descend(w_IO, codes_IO, grid, factor.hessian_II, format, sweeps)
-    better_O = _error(w_IO, codes_IO, grid, format, gram_II) < _error(w_IO, plain_IO, plain, format, gram_II)
+    better_O = _gain(w_IO, code_values(plain_IO, plain, format), code_values(codes_IO, grid, format), gram_II) > 0
     return stored(torch.where(better_O, codes_IO, plain_IO), plain.better(grid, better_O))
 
 
@@ -75,7 +76,7 @@ def factorised(gram_II: Tensor, damping: float = DAMPING) -> Factor:
     last_I = order_I.flip(0)
     hessian_II = gram_II.float() + torch.diag(torch.where(power_I > 0, 0.0, 1.0))
     size_I = hessian_II.diagonal().sqrt()[last_I]
-    scaled_II = hessian_II[last_I][:, last_I].div_(size_I[:, None]).div_(size_I)
+    scaled_II = hessian_II.index_select(0, last_I).index_select(1, last_I).div_(size_I[:, None]).div_(size_I)
     added = 0.0
     while True:
         scaled_II.diagonal().add_(damping - added)
@@ -96,15 +97,14 @@ def compensated(w_IO: Tensor, factor: Factor, grid: Grid, format: Format, block:
     w_IO, unit_II = w_IO[factor.order_I], factor.unit_II
     codes_IO, error_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
     for start in range(0, len(w_IO), block):
-        stop = min(start + block, len(w_IO))
-        target_BO = torch.addmm(w_IO[start:stop], unit_II[:start, start:stop].T, error_IO[:start])
-        for index in range(start, stop):
-            group = groups[index]
-            target_O = torch.addmv(target_BO[index - start], error_IO[start:index].T, unit_II[start:index, index])
-            code_O = torch.addcmul(offset_GO[group], target_O, slope_GO[group], out=codes_IO[index])
-            code_O.round_().clamp_(0, top)
-            value_O = torch.addcmul(first_GO[group], code_O, scale_GO[group])
-            torch.sub(w_IO[index], value_O, out=error_IO[index])
+        here = slice(start, min(start + block, len(w_IO)))
+        target_BO = torch.addmm(w_IO[here], unit_II[:start, here].T, error_IO[:start])
+        rows = (part.unbind(0) for part in (w_IO[here], target_BO, codes_IO[here], error_IO[here],
+                                            unit_II[here, here].triu(1)))
+        for group, w_O, target_O, code_O, error_O, later_B in zip(groups[here], *rows, strict=True):
+            torch.addcmul(offset_GO[group], target_O, slope_GO[group], out=code_O).round_().clamp_(0, top)
+            torch.sub(w_O, torch.addcmul(first_GO[group], code_O, scale_GO[group]), out=error_O)
+            target_BO.addr_(later_B, error_O)
     return codes_IO[factor.back_I]
 
 
@@ -116,12 +116,13 @@ def output_error(weight_OI: Tensor, gram_II: Tensor, rounded: Rounded, format: F
 
 def check_gram(gram_II: Tensor, inputs: int, what: str) -> None:
     """Raises BadData where a Gram matrix is not finite or of another size than the matrix it belongs to."""
-    if gram_II.shape != (inputs, inputs) or not bool(gram_II.isfinite().all()):
+    if gram_II.shape != (inputs, inputs) or not math.isfinite(float(gram_II.abs().amax())):
         raise BadData(f"a Gram matrix of shape {tuple(gram_II.shape)} for {what}, {inputs} inputs",
                       expected=f"finite numbers, [{inputs}, {inputs}]",
                       do="calibrate on this model, with weights and activations that are finite")
 
 
-def _error(w_IO: Tensor, codes_IO: Tensor, grid: Grid, format: Format, gram_II: Tensor) -> Tensor:
-    error_IO = w_IO - code_values(codes_IO, grid, format)
-    return (gram_II @ error_IO).mul_(error_IO).sum(0)
+def _gain(w_IO: Tensor, before_IO: Tensor, after_IO: Tensor, gram_II: Tensor) -> Tensor:
+    """By how much e' G e is lower after than before, [O]; a'Ga - b'Gb = (a - b)'G(a + b) takes one product."""
+    change_IO, both_IO = after_IO - before_IO, (w_IO - before_IO).add_(w_IO).sub_(after_IO)
+    return (gram_II @ both_IO).mul_(change_IO).sum(0)

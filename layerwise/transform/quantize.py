@@ -22,7 +22,7 @@ from layerwise.transform.rounding import Rounded, check_finite, round_to_nearest
 
 Method = Literal["nearest", "search", "gptq", "descent"]
 SWEEPS = {"gptq": 0, "descent": 2}
-SEARCH_STEPS = 8
+SEARCH_STEPS = 5
 LOOKED_UP = 0.5
 """On SmolLM2 anything from 0.3 to 3 serves about as well."""
 

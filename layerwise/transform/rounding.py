@@ -24,6 +24,9 @@ CHUNK = 1 << 18
 SMALLEST_RANGE = 0.5
 """The search tries ranges from the full one down to this part of it."""
 
+REFINEMENTS = 2
+"""How often the best grid found is rounded to and fitted again."""
+
 Rounded = tuple[Tensor, Tensor, Tensor | None]
 """Codes uint8 [O, I], scale bfloat16 [O, G], zero bfloat16 [O, G] or None where symmetric."""
 
@@ -134,18 +137,23 @@ def _grouped(w_IO: Tensor, h_I: Tensor, format: Format) -> tuple[Tensor, Tensor]
 
 
 def _searched(w_GgO: Tensor, h_G1g: Tensor, format: Format, search: int) -> Grid:
+    """The covering grid, or the best of the narrower ones after least squares, whichever has less error."""
     low, high = w_GgO.amin(1, keepdim=True), w_GgO.amax(1, keepdim=True)
     best = _covering(low, high, format)
-    least = torch.full_like(low, torch.inf)
+    if not search:
+        return best
     middle = torch.zeros_like(low) if format.symmetric else (low + high) / 2
+    _, least = _try(w_GgO, h_G1g, best, format.bits)
+    found, bound = best, torch.full_like(low, torch.inf)
     for step in range(search):
         part = 1 - (1 - SMALLEST_RANGE) * step / search
         grid = _covering(middle + (low - middle) * part, middle + (high - middle) * part, format)
-        codes, error = _try(w_GgO, h_G1g, grid, format.bits)
-        best, least = best.better(grid, error < least), torch.minimum(error, least)
-        grid = _refined(w_GgO, h_G1g, codes.sub_(2 ** (format.bits - 1)), format)
-        _, error = _try(w_GgO, h_G1g, grid, format.bits)
-        best, least = best.better(grid, error < least), torch.minimum(error, least)
+        refined, error = _refined(w_GgO, h_G1g, _codes(w_GgO, grid, format.bits)[0], format)
+        found, bound = found.better(refined, error < bound), torch.minimum(error, bound)
+    for _ in range(REFINEMENTS):
+        codes, error = _try(w_GgO, h_G1g, found, format.bits)
+        best, least = best.better(found, error < least), torch.minimum(error, least)
+        found, _ = _refined(w_GgO, h_G1g, codes, format)
     return best
 
 
@@ -158,22 +166,34 @@ def _covering(low: Tensor, high: Tensor, format: Format) -> Grid:
     return Grid(scale, rounded_scale(low / 2 + high / 2 + scale / 2))
 
 
-def _refined(w_GgO: Tensor, h_G1g: Tensor, q_GgO: Tensor, format: Format) -> Grid:
-    """The grid with the least weighted squared error for given codes minus the middle one."""
-    qw, qq = torch.bmm(h_G1g, q_GgO * w_GgO), torch.bmm(h_G1g, q_GgO * q_GgO)
-    if format.symmetric:
-        return Grid(rounded_scale(_ratio(qw, qq)), None)
-    total = h_G1g.sum(-1, keepdim=True)
-    q_mean, w_mean = (_ratio(torch.bmm(h_G1g, part), total) for part in (q_GgO, w_GgO))
-    scale = rounded_scale(_ratio(qw - q_mean * w_mean * total, qq - q_mean * q_mean * total))
-    return Grid(scale, rounded_scale(w_mean - scale * q_mean))
+def _refined(w_GgO: Tensor, h_G1g: Tensor, codes_GgO: Tensor, format: Format) -> tuple[Grid, Tensor]:
+    """The grid with the least weighted squared error for given codes (changed in place), and that error.
+
+    The error lacks what does not depend on the grid, the sum of h w^2; both are [G, 1, O].
+    """
+    q_GgO = codes_GgO.sub_(2 ** (format.bits - 1))
+    qw, q = torch.bmm(h_G1g, q_GgO * w_GgO), None if format.symmetric else torch.bmm(h_G1g, q_GgO)
+    qq = torch.bmm(h_G1g, q_GgO.square_())
+    if q is None:
+        scale = rounded_scale(_ratio(qw, qq))
+        return Grid(scale, None), scale * (scale * qq - 2 * qw)
+    total, w = h_G1g.sum(-1, keepdim=True), torch.bmm(h_G1g, w_GgO)
+    q_mean, w_mean = _ratio(q, total), _ratio(w, total)
+    scale = rounded_scale(_ratio(qw - q_mean * w, qq - q_mean * q))
+    zero = rounded_scale(w_mean - scale * q_mean)
+    return Grid(scale, zero), scale * (scale * qq - 2 * qw) + zero * (zero * total + 2 * (scale * q - w))
+
+
+def _codes(w_GgO: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes on a grid, and where between codes the weights lie."""
+    slope, offset, _ = grid.line(bits)
+    exact_GgO = torch.addcmul(offset, w_GgO, slope)
+    return exact_GgO.round().clamp_(0, 2**bits - 1), exact_GgO
 
 
 def _try(w_GgO: Tensor, h_G1g: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Tensor]:
     """Codes on a grid, and each group's weighted squared error, [G, 1, O]; infinite where the scale is 0."""
-    slope, offset, _ = grid.line(bits)
-    exact_GgO = torch.addcmul(offset, w_GgO, slope)
-    codes_GgO = exact_GgO.round().clamp_(0, 2**bits - 1)
+    codes_GgO, exact_GgO = _codes(w_GgO, grid, bits)
     error_G1O = torch.bmm(h_G1g, exact_GgO.sub_(codes_GgO).square_()).mul_(grid.scale * grid.scale)
     return codes_GgO, error_G1O.masked_fill_(grid.scale == 0, torch.inf)
 

@@ -132,7 +132,7 @@ def test_search_with_statistics_brings_outputs_closer(stack: DecoderStack) -> No
     error = (values(Quantize(3, method="search", matrices=("q",)).apply(block, row, stats).matrix("q"))
              - values(block.matrix("q")) for stats in ({"q": skewed}, None))
     weighed, plain = (((part @ skewed) * part).sum() for part in error)
-    assert weighed < 0.7 * plain
+    assert weighed < 0.9 * plain
 
 
 def test_a_table_is_packed_in_its_own_dtype() -> None:
