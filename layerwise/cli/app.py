@@ -15,6 +15,7 @@ from layerwise.cli.doctor import doctor
 from layerwise.cli.export import export
 from layerwise.cli.generate import generate
 from layerwise.cli.optimize import optimize
+from layerwise.cli.pareto import pareto
 from layerwise.cli.profile import profile
 from layerwise.cli.reproduce import reproduce
 from layerwise.cli.serve import serve
@@ -28,7 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (profile, optimize, apply, export, compare, generate, systems, reproduce, doctor):
+COMMANDS = (profile, optimize, pareto, apply, export, compare, generate, chat, serve, batch, systems, reproduce, doctor)
+
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from plotly.graph_objects import Figure
 
-    from layerwise.measure.scores import Scores
+    from layerwise.measure.scores import Column, Scores
 
-FILES = ("page.html", "profile.html", "fragment.html", "scores.html", "style.css", "page.js")
+FILES = ("page.html", "profile.html", "fragment.html", "frontier.html", "scores.html", "style.css", "page.js")
 
 
 def page(
@@ -39,7 +39,7 @@ def page(
         figures["bits"] = charts.bits_chart(report.layers)
     if tried:
         figures["tried"] = charts.tried_chart(tried)
-    columns = list(scores.columns.values()) if scores else []
+    columns = _shown(scores) if scores else []
     for index, column in enumerate(columns):
         figures[f"score-{index}"] = charts.column_chart(column)
     return (
@@ -61,7 +61,7 @@ def profile_page(scores: Scores, model: str) -> str:
     """What was measured in one model: findings in words, then charts, then numbers."""
     from plotly.offline import get_plotlyjs
 
-    columns = list(scores.columns.values())
+    columns = _shown(scores)
     figures = {f"score-{index}": charts.column_chart(column) for index, column in enumerate(columns)}
     figures["map"] = charts.rank_chart(columns)
     if "roofline:attained" in scores:
@@ -82,6 +82,24 @@ def profile_page(scores: Scores, model: str) -> str:
             plotly=get_plotlyjs(),
         )
     )
+
+
+def frontier_page(points: Sequence[Mapping[str, Any]], model: str, whole: int) -> str:
+    """What is lost at every size: a chart and a table. Each point has `share`, `bytes`, `measured`, `predicted`."""
+    from plotly.offline import get_plotlyjs
+
+    return (
+        _environment()
+        .get_template("frontier.html")
+        .render(model=model, points=points, whole=whole, plotly=get_plotlyjs(),
+                figures={"frontier": _plain(charts.frontier_chart(points))})
+    )
+
+
+def _shown(scores: Scores) -> list[Column]:
+    """The columns that a person reads: not the errors of single matrices, nor what only tables were tried in."""
+    return [column for name, column in scores.columns.items()
+            if not name.startswith("output-error:") and any(value == value for value in column.values)]
 
 
 def fragment(report: Report) -> str:

@@ -78,7 +78,7 @@ def optimize(
     the run are not repeated.
     Raises what opening, measuring, allocating, applying and verifying raise.
     """
-    stack = _opened(source, tell)
+    stack = opened(source, tell)
     run.note("model fingerprint", identity(stack))
     alternatives = parse_alternatives(only, stack.spec) or defaults_for(budget, stack.spec)
     decide = Decide(budget, alternatives, seed, Stopwatch(stack.spec) if budget.milliseconds else None)
@@ -86,7 +86,7 @@ def optimize(
     calibration, trial = parted(calibration_text(stack, data, seed))
     scores = run.step(
         "scores",
-        lambda: _measure(stack, calibration, trial, alternatives, seed, run, tell, progress),
+        lambda: measured_for(stack, calibration, trial, alternatives, seed, run, tell, progress),
         file="scores.parquet",
         save=lambda scores, path: scores.save(path),
         load=Scores.load,
@@ -157,7 +157,8 @@ def parted(text: TextData) -> tuple[TextData, TextData]:
     return text.take(len(text) - trial), text.skip(len(text) - trial)
 
 
-def _opened(source: str | Path, tell: Tell) -> DecoderStack:
+def opened(source: str | Path, tell: Tell) -> DecoderStack:
+    """A decoder whose weights are all finite. Raises BadModel for anything else."""
     tell(f"opening {source}")
     stack = open(source)
     if not isinstance(stack, DecoderStack):
@@ -170,7 +171,7 @@ def _opened(source: str | Path, tell: Tell) -> DecoderStack:
     return stack
 
 
-def _measure(
+def measured_for(
     stack: Stack,
     calibration: TextData,
     trial: TextData,
@@ -180,6 +181,7 @@ def _measure(
     tell: Tell,
     progress: bool,
 ) -> Scores:
+    """Everything that planning with `alternatives` needs; finished trials are kept in `run`."""
     journal = run.path("measured.jsonl")
     if isinstance(trial, TextData):
         trial = trial.shortened(SHORT)
