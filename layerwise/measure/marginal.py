@@ -33,7 +33,7 @@ class Marginals:
 
 @torch.inference_mode()
 def marginals(before: DecoderStack, after: DecoderStack, kept: Sequence[int], data: Any, *,
-              tokens: int | None = 128, seed: int = 0, progress: bool = False) -> Marginals:
+              tokens: int | None = 256, seed: int = 0, progress: bool = False) -> Marginals:
     """Marginals of `after`, whose layers were the layers `kept` of `before`; of dropped layers none is known.
 
     Output is compared at `tokens` positions of every row of `data` (None: all).

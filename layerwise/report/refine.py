@@ -70,9 +70,14 @@ def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan]
 
 
 def corrected(scores: Scores, plan: Plan, seen: Marginals, floor: float = 0.0) -> Scores:
-    """Scores whose responses predict, for `plan`, the loss that was measured, shared out as undoing shows."""
+    """Scores whose responses predict, for `plan`, the loss that was measured, shared out as undoing shows.
+
+    What undoing one edit saves is known to within the floor; where edits lose less than that, their shares stay
+    nearly as they were predicted.
+    """
     predicted = _predicted(plan)
-    saved = {target: max(value, 0.0) for target, value in seen.saved.items() if predicted.get(target)}
+    saved = {target: predicted[target] * (max(value, 0.0) + floor) / (predicted[target] + floor)
+             for target, value in seen.saved.items() if predicted.get(target)}
     others = sum(loss for target, loss in predicted.items() if target not in saved)
     total, left = sum(saved.values()), seen.kl - floor - others
     if not total or left <= 0:
