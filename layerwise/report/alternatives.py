@@ -154,5 +154,5 @@ def trying(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
     """What tries changes on the model, and what a reader wants to see beside it."""
     tables = tuple(item.label for item in alternatives if item.each and item.tables)
     drops = tuple(label for label in DROPS if any(item.label == label for item in alternatives))
-    return ["block-influence", "logit-lens-kl",
+    return ["block-influence", "logit-lens-kl", "lim", "zd",
             Response(any(item.each or item.transform == "narrow" for item in alternatives), drops, tables, POSITIONS)]

@@ -22,6 +22,7 @@ from layerwise.report.decide import Decide
 from layerwise.report.layers import kept_layers
 from layerwise.report.report import Report
 from layerwise.report.run import Run
+from layerwise.report.surrogates import rank_agreement, sentence
 from layerwise.report.tried import Tried, load_tried, save_tried, try_plans
 from layerwise.report.verify import verification_text, verify
 from layerwise.stack.base import Stack
@@ -114,7 +115,7 @@ def optimize(
     )
     report = run.step(
         "report",
-        lambda: _verify(stack, model, plan, data, seed, tell, progress),
+        lambda: _verify(stack, model, plan, scores, data, seed, tell, progress),
         file="report.json",
         save=lambda report, path: report.save(path),
         load=Report.load,
@@ -190,6 +191,8 @@ def measured_for(
     if wanted := reading(alternatives):
         tell(f"reading the layers' inputs on {calibration.tokens_NT.numel():,} tokens")
         scores = scores.merge(measure(stack, calibration, wanted, seed=seed, progress=progress, resume=journal))
+    if said := sentence(scores):
+        tell(said)
     return scores
 
 
@@ -215,13 +218,21 @@ def _try(
 
 
 def _verify(
-    stack: DecoderStack, model: Path, plan: Plan, data: str | Path, seed: int, tell: Tell, progress: bool
+    stack: DecoderStack,
+    model: Path,
+    plan: Plan,
+    scores: Scores,
+    data: str | Path,
+    seed: int,
+    tell: Tell,
+    progress: bool,
 ) -> Report:
     tell("verifying on text that had no part in this")
     kept = kept_layers(stack.spec, plan)
     text = verification_text(stack, data)
     report = verify(stack, open(model), text, kept=kept, seed=seed, progress=progress)
-    return replace(report, notes=(*report.notes, *_spare(plan)))
+    provenance = {**report.provenance, "rank correlation of cheap scores with tried changes": rank_agreement(scores)}
+    return replace(report, notes=(*report.notes, *_spare(plan)), provenance=provenance)
 
 
 def _spare(plan: Plan) -> list[str]:
