@@ -37,6 +37,7 @@ INFRASTRUCTURE = {
         "concepts": "maps of chosen words for chosen prompts, not a column",
         "edit_scores": "scores an edit, not a layer",
         "edit_study": "scores edits, not layers",
+        "departure": "tells groups of items apart along the depth, so it is not a column",
         "effective": "one number for all layers, from columns",
         "effects": "a matrix of source by target layers, not a column",
         "ending": "the end of a pass, shared by what compares outputs",

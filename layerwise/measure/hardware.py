@@ -66,8 +66,8 @@ def peak(dtype: torch.dtype = torch.bfloat16, device: str = "cpu", size: int | N
     return 2 * size**3 / _best(lambda: a @ b, device)
 
 
-def bandwidth(device: str = "cpu", count: int = 1 << 27) -> float:
-    """Bytes per second read from memory: a sum over `count` numbers of four bytes."""
+def bandwidth(device: str = "cpu", count: int = 1 << 25) -> float:
+    """Bytes per second read from memory: a sum over `count` numbers of four bytes, more than a processor caches."""
     store = torch.ones(count, device=device)
     return store.numel() * 4 / _best(store.sum, device)
 

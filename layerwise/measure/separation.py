@@ -6,6 +6,7 @@ Shapes: N points, M points to judge, C dimensions.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -56,3 +57,20 @@ def standardized(points_NC: Tensor, reference_MC: Tensor) -> Tensor:
     """Points in units of the reference's deviation along each dimension, from its mean, float64 [N, C]."""
     reference_MC = reference_MC.double()
     return (points_NC.double() - reference_MC.mean(0)) / reference_MC.std(0).clamp(min=1e-12)
+
+
+def within(score_N: Tensor, wrong_N: Tensor, groups: Collection[Tensor]) -> float:
+    """AUROC inside each group (bool [N]), weighted by its pairs; 0 where no group has both sides."""
+    pairs = [float(wrong_N[group].sum() * (~wrong_N[group]).sum()) for group in groups]
+    values = [auroc(score_N[group], wrong_N[group]) if count else 0.0
+              for group, count in zip(groups, pairs, strict=True)]
+    return sum(value * count for value, count in zip(values, pairs, strict=True)) / (sum(pairs) or 1.0)
+
+
+def shuffled_within(wrong_N: Tensor, groups: Collection[Tensor], generator: torch.Generator) -> Tensor:
+    """Labels permuted inside each group: the control of `within`."""
+    shuffled_N = wrong_N.clone()
+    for group in groups:
+        members = group.nonzero()[:, 0]
+        shuffled_N[members] = wrong_N[members[torch.randperm(len(members), generator=generator)]]
+    return shuffled_N

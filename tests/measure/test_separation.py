@@ -6,8 +6,16 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from layerwise.measure.separation import auroc, probe_scores, ridge_direction, standardized
+from layerwise.measure.separation import (
+    auroc,
+    probe_scores,
+    ridge_direction,
+    shuffled_within,
+    standardized,
+    within,
+)
 
 
 def test_auroc_by_hand() -> None:
@@ -46,3 +54,18 @@ def test_standardized_points_of_the_reference_have_unit_deviation() -> None:
     found = standardized(points, points)
     assert found.mean(0).tolist() == pytest.approx([0, 0, 0], abs=1e-9)
     assert found.std(0).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_equal_difficulty_removes_what_difficulty_explains() -> None:
+    level = torch.tensor([True] * 50 + [False] * 50)
+    wrong = torch.cat([torch.arange(50) % 5 > 0, torch.arange(50) % 5 == 0])
+    score = level.double()
+    groups: list[Tensor] = [level, ~level]
+    assert within(score, wrong, groups) == 0.5
+
+
+def test_labels_stay_in_their_group() -> None:
+    level = torch.arange(40) < 20
+    wrong = torch.arange(40) % 20 < 5
+    shuffled = shuffled_within(wrong, [level, ~level], torch.Generator().manual_seed(0))
+    assert int(shuffled[level].sum()) == int(shuffled[~level].sum()) == 5 and not torch.equal(shuffled, wrong)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +27,13 @@ from torch import Tensor
 import layerwise as lw
 from layerwise.data.sources import default_text
 from layerwise.generate.answers import answers
-from layerwise.measure.neighbours import deviation, participation_ratio, two_nn
-from layerwise.measure.separation import auroc, probe_scores, standardized
+from layerwise.measure.departure import ALPHA, HOLD, departure, distances, normalized
+from layerwise.measure.neighbours import participation_ratio, two_nn
+from layerwise.measure.separation import auroc, probe_scores, shuffled_within, within
 from layerwise.stack.decoder import DecoderStack
 from layerwise.systems.base import Check, Size
 
-SHOTS, LEAST, ALPHA, HOLD = 4, 20, 1.5, 3
+SHOTS, LEAST = 4, 20
 Item = tuple[str, str, str]
 """Prompt, right answer, and its difficulty."""
 
@@ -126,17 +127,6 @@ def _dimension(name: str, judged: Judged, members: Tensor, width: int, generator
             "shuffling changes little and the control is low as well")
 
 
-def distances(states_NLC: Tensor, reference: Tensor, judged: Tensor, scale: bool) -> Tensor:
-    """Distance of the judged items to the reference at every layer, [L, N]; `scale` standardizes dimensions."""
-    layers = []
-    for layer in states_NLC.unbind(1):
-        near, points = layer[reference], layer[judged]
-        if scale:
-            near, points = standardized(near, near), standardized(points, near)
-        layers.append(deviation(points, near))
-    return torch.stack(layers)
-
-
 def _separation(name: str, pool: str, judged: Judged, reference: Tensor, rest: Tensor,
                 generator: torch.Generator) -> Check:
     states, wrong_N = judged.states[pool], ~judged.right_N[rest]
@@ -170,21 +160,6 @@ def _held_out(score_LN: Tensor, wrong_N: Tensor, half: int, choose: int | None =
     return {"layer": layer, "AUROC": round(auroc(score_LN[layer][half:], wrong_N[half:]), 3)}
 
 
-def normalized(distance_LN: Tensor, wrong_N: Tensor) -> Tensor:
-    """Distances in standard deviations of the held-out correct answers, from their mean."""
-    right_LN = distance_LN[:, ~wrong_N]
-    return (distance_LN - right_LN.mean(1, keepdim=True)) / right_LN.std(1, keepdim=True)
-
-
-def divergence(z_LN: Tensor, alpha: float = ALPHA, hold: int = HOLD) -> list[int | None]:
-    """The first layer from which z stays above alpha for `hold` layers, for every item."""
-    found: list[int | None] = []
-    for column in (z_LN > alpha).T.tolist():
-        runs = (layer for layer in range(len(column) - hold + 1) if all(column[layer : layer + hold]))
-        found.append(next(runs, None))
-    return found
-
-
 def _divergence(name: str, judged: Judged, reference: Tensor, rest: Tensor) -> Check:
     wrong_N = ~judged.right_N[rest]
     z_LN = normalized(distances(judged.states["answer"], reference, rest, scale=True), wrong_N)
@@ -193,7 +168,7 @@ def _divergence(name: str, judged: Judged, reference: Tensor, rest: Tensor) -> C
     start = next((layer for layer in range(len(errors)) if bool((errors[layer:] > 3).all())), None)
 
     def shares(side_N: Tensor) -> dict[str, float]:
-        layers, third = divergence(z_LN[:, side_N]), len(z_LN) / 3
+        layers, third = departure(z_LN[:, side_N]), len(z_LN) / 3
         parts = Counter("never" if at is None else ("early", "middle", "late")[int(at // third)] for at in layers)
         return {part: round(parts[part] / len(layers), 3) for part in ("early", "middle", "late", "never")}
 
@@ -215,7 +190,7 @@ def _matched(name: str, judged: Judged, reference: Tensor, rest: Tensor, generat
     groups = {level: torch.tensor([other == level for other in levels]) for level in sorted(set(levels))}
     score_N = distances(judged.states["answer"], reference, rest, scale=True)[len(judged.states["answer"][0]) // 2]
     value = within(score_N, wrong_N, groups.values())
-    draws = sorted(within(score_N, _shuffled_within(wrong_N, groups.values(), generator), groups.values())
+    draws = sorted(within(score_N, shuffled_within(wrong_N, groups.values(), generator), groups.values())
                    for _ in range(200))
     return Check(
         name=f"{name}: not only because hard items are far",
@@ -226,20 +201,3 @@ def _matched(name: str, judged: Judged, reference: Tensor, rest: Tensor, generat
         holds=value > draws[189] if value else None,
         why="mean of the AUROC within each level, weighted by its pairs of a wrong and a correct answer, at the middle "
             "layer, which is fixed beforehand; items are counted as [wrong, all]. Cannot tell where no level has both")
-
-
-def within(score_N: Tensor, wrong_N: Tensor, groups: Collection[Tensor]) -> float:
-    """AUROC inside each group, weighted by its pairs."""
-    pairs = [float(wrong_N[group].sum() * (~wrong_N[group]).sum()) for group in groups]
-    values = [auroc(score_N[group], wrong_N[group]) if count else 0.0
-              for group, count in zip(groups, pairs, strict=True)]
-    return sum(value * count for value, count in zip(values, pairs, strict=True)) / (sum(pairs) or 1.0)
-
-
-def _shuffled_within(wrong_N: Tensor, groups: Collection[Tensor], generator: torch.Generator) -> Tensor:
-    shuffled_N = wrong_N.clone()
-    for group in groups:
-        members = group.nonzero()[:, 0]
-        shuffled_N[members] = wrong_N[members[torch.randperm(len(members), generator=generator)]]
-    return shuffled_N
-

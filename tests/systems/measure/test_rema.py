@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from layerwise.stack.decoder import DecoderStack
-from layerwise.systems.measure.rema import (
-    Judged,
-    analysis,
-    divergence,
-    letter_items,
-    normalized,
-    sums_items,
-    within,
-)
+from layerwise.systems.measure.rema import Judged, analysis, letter_items, sums_items
 from layerwise.testing import check_system
 
 
@@ -47,25 +38,6 @@ def test_too_few_answers_cannot_tell() -> None:
     judged.right_N[:] = True
     [check] = analysis("t", judged, 40, 0)
     assert check.holds is None
-
-
-def test_divergence_needs_layers_in_a_row() -> None:
-    z_LN = torch.tensor([[2.0, 2, 0], [0, 2, 0], [2, 2, 0], [2, 0, 0], [2, 0, 2]])
-    assert divergence(z_LN, alpha=1.0, hold=3) == [2, 0, None]
-
-
-def test_normalized_distances_of_correct_answers_have_unit_deviation() -> None:
-    distance_LN = torch.tensor([[1.0, 3.0, 10.0]])
-    z_LN = normalized(distance_LN, torch.tensor([False, False, True]))
-    assert z_LN[0, 2] == pytest.approx((10 - 2) / 2**0.5)
-
-
-def test_equal_difficulty_removes_what_difficulty_explains() -> None:
-    level = torch.tensor([True] * 50 + [False] * 50)
-    wrong = torch.cat([torch.arange(50) % 5 > 0, torch.arange(50) % 5 == 0])
-    score = level.double()
-    groups: list[Tensor] = [level, ~level]
-    assert within(score, wrong, groups) == 0.5
 
 
 def test_items_are_right() -> None:
