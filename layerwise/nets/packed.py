@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from layerwise.nets.bits import pack, stored_bytes, unpack
 from layerwise.nets.int4 import Int4Matrix, digits
+from layerwise.nets.row_scales import steps_of, values_of
 from layerwise.spec import Format
 
 FEW_ROWS_INT8 = 24
@@ -42,7 +43,9 @@ class PackedMatrix(nn.Module):
     8-bit symmetric whole-row codes are int8 [O, I], which torch's kernel reads as they are; all others are a
     stream of bits, uint8 [O, S]. The first product of few bfloat16 rows on a CPU moves bit-stream codes
     into the layout of torch's int4 kernel (4 bits a weight up to 4 bits, 8 bits above) and lets the stream
-    go; `state_dict` writes it again, so memory never holds the codes twice.
+    go; `state_dict` writes it again, so memory never holds the codes twice. Scales and zeros of a format with
+    `scale_bits` are held as bfloat16, which kernels read; `state_dict` holds their steps, `scale` and `zero` as
+    streams of bits, and the rows' numbers, `scale_row` and `zero_row` [O].
     """
 
     codes: Tensor | None
@@ -102,8 +105,13 @@ class PackedMatrix(nn.Module):
         else:
             codes_OI = F.pad(codes_OI, (0, self._padded - self.in_features), value=middle)
             self.codes = pack(codes_OI, self.format.bits)
-        self.scale = scale_OG.to(torch.bfloat16)
-        self.zero = None if zero_OG is None else zero_OG.to(torch.bfloat16)
+        self.scale = self._storable(scale_OG, signed=False)
+        self.zero = None if zero_OG is None else self._storable(zero_OG, signed=True)
+
+    def _storable(self, values_OG: Tensor, signed: bool) -> Tensor:
+        """The values, bfloat16, or the nearest that the format can store."""
+        bits, values_OG = self.format.scale_bits, values_OG.to(torch.bfloat16)
+        return values_OG if bits == 16 else values_of(*steps_of(values_OG, bits, signed), bits, signed)
 
     def _codes(self, rows: slice | Tensor) -> Tensor:
         """Codes of some rows with their padding, uint8; int8 minus the middle where they are stored so."""
@@ -173,10 +181,23 @@ class PackedMatrix(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}codes"] = self._stream()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        bits = self.format.scale_bits
+        for name, values_OG in (("scale", self.scale), ("zero", self.zero)):
+            if bits != 16 and values_OG is not None:
+                steps_OG, row_O = steps_of(values_OG, bits, signed=name == "zero")
+                destination[f"{prefix}{name}"], destination[f"{prefix}{name}_row"] = pack(steps_OG, bits), row_O
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._untile()
-        super()._load_from_state_dict(*args, **kwargs)
+        bits, groups = self.format.scale_bits, self.scale.shape[1]
+        if bits != 16:
+            state_dict = dict(state_dict)
+            for name in ("scale", "zero"):
+                row_O = state_dict.pop(f"{prefix}{name}_row", None)
+                if row_O is not None and f"{prefix}{name}" in state_dict:
+                    steps_OG = unpack(state_dict[f"{prefix}{name}"], bits, groups)
+                    state_dict[f"{prefix}{name}"] = values_of(steps_OG, row_O, bits, signed=name == "zero")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves between devices; scales stay bfloat16 whatever the dtype asked for."""

@@ -36,11 +36,12 @@ def default_format(bits: int) -> Format:
 class Quantize(Transform):
     """Store the named matrices (all that the layer has, by default) in `bits` bits.
 
-    `group` inputs share a scale (0: the whole row); `group` and `symmetric` left None take the width's
-    default format. `nearest` keeps each group's full range, `search` looks for the range with the least
-    squared error, weighted by the inputs' power where statistics are at hand; `gptq` searches, then compensates
-    rounding errors on calibration inputs, and `descent` goes on to improve codes and scales in turn. A name
-    that a layer lacks is passed over, so that one setting serves rows of different kinds.
+    `group` inputs share a scale (0: the whole row); `group` and `symmetric` left None take the width's default
+    format; `scale_bits` below 16 stores scales as small integers times one number of the row. `nearest` keeps
+    each group's full range, `search` looks for the range with the least squared error, weighted by the
+    inputs' power where statistics are at hand; `gptq` searches, then compensates rounding errors on calibration
+    inputs, and `descent` goes on to improve codes and scales in turn. A name that a layer lacks is passed over,
+    so that one setting serves rows of different kinds.
     """
 
     name: ClassVar[str] = "quantize"
@@ -50,6 +51,7 @@ class Quantize(Transform):
     symmetric: bool | None = None
     method: Method = "nearest"
     matrices: tuple[str, ...] | None = None
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -69,7 +71,8 @@ class Quantize(Transform):
         """How each matrix is stored."""
         default = default_format(self.bits)
         group = default.group if self.group is None else self.group
-        return Format(self.bits, group, default.symmetric if self.symmetric is None else self.symmetric)
+        symmetric = default.symmetric if self.symmetric is None else self.symmetric
+        return Format(self.bits, group, symmetric, self.scale_bits)
 
     def edit(self, row: LayerSpec, hidden: int) -> LayerSpec:
         """The row with the new formats. Raises BadOption for an opaque layer."""

@@ -1,7 +1,7 @@
 """Rounding a matrix to small integers: which scales to store, and the nearest code to every weight.
 
 A group of weights becomes codes q with w ~ (q - 2**(bits - 1)) * scale + zero (no zero where symmetric).
-Scales and zeros are rounded to bfloat16, as they are stored, before codes are chosen. Matrices are worked on
+Scales and zeros are rounded to bfloat16, or as the format stores them, before codes are chosen. Matrices are worked on
 transposed, inputs by outputs, so that sums over a group add whole vectors of outputs.
 
 Shapes: O outputs, I inputs, G groups in a row, g inputs in a group.
@@ -9,6 +9,7 @@ Shapes: O outputs, I inputs, G groups in a row, g inputs in a group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import BadModel
+from layerwise.nets.row_scales import nearest_value, steps_of
 from layerwise.spec import Format
 
 CHUNK = 1 << 18
@@ -78,7 +80,19 @@ def find_grid(w_IO: Tensor, format: Format, search: int, importance_I: Tensor | 
         parts.append(_searched(w_GgO, h_G1g, format, search))
     scale_GO = torch.cat([part.scale for part in parts], -1)[:, 0]
     zeros = [part.zero for part in parts if part.zero is not None]
-    return Grid(scale_GO, torch.cat(zeros, -1)[:, 0] if zeros else None)
+    grid = Grid(scale_GO, torch.cat(zeros, -1)[:, 0] if zeros else None)
+    to_scale, to_zero = storable(grid, format)
+    return Grid(to_scale(grid.scale), None if grid.zero is None else to_zero(grid.zero))
+
+
+def storable(grid: Grid, format: Format) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What rounds scales, and zeros, [..., O] to those that the format can store beside those of `grid` [G, O]."""
+    if format.scale_bits == 16:
+        return rounded_scale, rounded_scale
+    bits, numbers = format.scale_bits, (grid.scale, grid.scale if grid.zero is None else grid.zero)
+    scale_O, zero_O = (steps_of(part.T, bits, signed)[1] for part, signed in zip(numbers, (False, True), strict=True))
+    return (lambda value: nearest_value(value, scale_O, bits, False),
+            lambda value: nearest_value(value, zero_O, bits, True))
 
 
 def nearest_codes(w_IO: Tensor, grid: Grid, format: Format) -> Tensor:

@@ -44,10 +44,11 @@ ALPHAS = tuple(step / 10 for step in range(11))
 class ScaleInputs(Transform):
     """Prepare the dense matrices of a layer for rounding to `bits` bits in groups of `group`.
 
-    `group` and `symmetric` left None take the width's default format; `method` is how rounding is tried
-    ("nearest" or "search", which are quick). `inputs` names what is scaled: what q, k and v read, what `o` reads, what
-    gate and up read, what `down` reads. Leave "o" out where another layer shares this one's values. An input is
-    passed over where nothing can take the inverse: `down` of a network without gate, routed experts.
+    `group` and `symmetric` left None take the width's default format, `scale_bits` is as for `quantize`; `method` is
+    how rounding is tried ("nearest" or "search", which are quick). `inputs` names what is scaled: what q, k and v
+    read, what `o` reads, what gate and up read, what `down` reads. Leave "o" out where another layer shares this
+    one's values. An input is passed over where nothing can take the inverse: `down` of a network without gate,
+    routed experts.
     """
 
     name: ClassVar[str] = "scale-inputs"
@@ -57,6 +58,7 @@ class ScaleInputs(Transform):
     symmetric: bool | None = None
     method: Method = "search"
     inputs: tuple[Read, ...] = ("qkv", "o", "gate_up", "down")
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(self.inputs))
@@ -72,7 +74,8 @@ class ScaleInputs(Transform):
         """The rounding that is prepared for."""
         default = default_format(self.bits)
         group = default.group if self.group is None else self.group
-        return Format(self.bits, group, default.symmetric if self.symmetric is None else self.symmetric)
+        symmetric = default.symmetric if self.symmetric is None else self.symmetric
+        return Format(self.bits, group, symmetric, self.scale_bits)
 
     def edit(self, row: LayerSpec, hidden: int) -> LayerSpec:
         """The row itself. Raises BadOption for an opaque layer, and for matrices that are packed or factored."""

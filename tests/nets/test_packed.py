@@ -11,10 +11,13 @@ from torch import Tensor
 
 from layerwise.nets.int4 import Int4Matrix, tile_rows
 from layerwise.nets.packed import FEW_ROWS_INT4, FEW_ROWS_INT8, PackedEmbedding, PackedLinear
+from layerwise.nets.row_scales import steps_of, values_of
 from layerwise.spec import BITS, Format
 
 FORMATS = [Format(bits, group, symmetric)
            for bits in BITS for group in (0, 32, 64, 128, 48, 256) for symmetric in (True, False)]
+FORMATS += [Format(bits, group, symmetric, scale_bits) for bits in (2, 3, 4) for group in (32, 48)
+            for symmetric in (True, False) for scale_bits in (4, 6)]
 HAVE_INT4 = tile_rows() is not None
 needs_int4 = pytest.mark.skipif(not HAVE_INT4, reason="no int4 kernel of a known layout on this processor")
 SHAPES = [(64, 256), (80, 200), (3, 48)]
@@ -27,6 +30,9 @@ def parts(outputs: int, inputs: int, format: Format, seed: int = 0) -> tuple[Ten
     codes = torch.randint(2**format.bits, (outputs, inputs), generator=generator, dtype=torch.uint8)
     scale = (torch.rand(outputs, groups, generator=generator) + 0.01).bfloat16()
     zero = None if format.symmetric else (4 * torch.randn(outputs, groups, generator=generator)).bfloat16()
+    if format.scale_bits != 16:
+        scale = values_of(*steps_of(scale, format.scale_bits, False), format.scale_bits, False)
+        zero = None if zero is None else values_of(*steps_of(zero, format.scale_bits, True), format.scale_bits, True)
     return codes, scale, zero
 
 
@@ -122,7 +128,10 @@ def test_state_dict_round_trip_before_and_after_use(format: Format, used: bool) 
     if used:
         layer.product(torch.ones(1, 224).bfloat16())
     state = layer.state_dict()
-    assert list(state) == ["codes", "bias", "scale"] + ([] if format.symmetric else ["zero"])
+    names = ["codes", "bias", "scale"] + ([] if format.symmetric else ["zero"])
+    if format.scale_bits != 16:
+        names += ["scale_row"] + ([] if format.symmetric else ["zero_row"])
+    assert list(state) == names
     stored = sum(tensor.nbytes for name, tensor in state.items() if name != "bias")
     assert stored == format.bytes(80, 224)
     with torch.device("meta"):

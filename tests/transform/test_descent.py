@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Format
 from layerwise.transform.descent import descend
 from layerwise.transform.gptq import factorised, gptq, output_error
-from layerwise.transform.rounding import Grid, code_values, find_grid, nearest_codes
+from layerwise.transform.rounding import Grid, code_values, find_grid, nearest_codes, stored
 
 FORMATS = [Format(bits, group, symmetric) for bits in (2, 3, 4) for group in (0, 16, 48) for symmetric in (True, False)]
+FORMATS += [Format(3, 16, symmetric, scale_bits) for symmetric in (True, False) for scale_bits in (4, 6)]
 
 
 def problem(outputs: int = 12, inputs: int = 72, samples: int = 150, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -41,6 +43,8 @@ def test_no_output_ends_with_more_error(format: Format, seed: int, samples: int,
     before, after = (error_of(w, c, g, hessian, format) for c, g in ((start, grid), (codes, better)))
     assert (after <= before * (1 + 1e-5)).all()
     assert torch.equal(codes, codes.round()) and codes.min() >= 0 and codes.max() < 2**format.bits
+    packed = PackedLinear.from_codes(*stored(codes, better), format).dense()
+    assert torch.equal(packed, code_values(codes, better, format).T), "scales can be stored as they are"
     assert (better.scale > 0).all() and torch.equal(better.scale, better.scale.bfloat16().float())
 
 

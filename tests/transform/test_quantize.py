@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from layerwise.errors import BadData, BadModel, BadOption
+from layerwise.io.save import save
+from layerwise.io.source import read
+from layerwise.io.weights import build
 from layerwise.nets.decoder import Block
 from layerwise.nets.packed import PackedEmbedding, PackedLinear
 from layerwise.spec import BITS, Attention, FeedForward, Format, LayerSpec, Opaque
@@ -39,7 +43,8 @@ def test_contract(stack: DecoderStack, bits: int, method: str) -> None:
 
 
 @pytest.mark.parametrize("transform", [
-    Quantize(4, group=48), Quantize(3, group=0, symmetric=False), Quantize(8, group=32),
+    Quantize(4, group=48), Quantize(3, scale_bits=6, method="search"),
+    Quantize(4, group=16, symmetric=True, scale_bits=4), Quantize(3, group=0, symmetric=False), Quantize(8, group=32),
     Quantize(5, symmetric=True, matrices=("q", "down")), Quantize(4, matrices=())], ids=str)
 @pytest.mark.parametrize("row", [BIASED, EXPERTS], ids=["biased", "experts"])
 def test_contract_of_other_formats_and_rows(transform: Quantize, row: LayerSpec) -> None:
@@ -133,6 +138,24 @@ def test_search_with_statistics_brings_outputs_closer(stack: DecoderStack) -> No
              - values(block.matrix("q")) for stats in ({"q": skewed}, None))
     weighed, plain = (((part @ skewed) * part).sum() for part in error)
     assert weighed < 0.9 * plain
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_few_bits_survive_saving(stack: DecoderStack, symmetric: bool, tmp_path: Path) -> None:
+    transform = Quantize(3, group=16, symmetric=symmetric, method="search", scale_bits=6)
+    rows = {layer: transform.edit(row, 64) for layer, row in enumerate(stack.spec.rows)}
+    spec = replace(stack.spec.with_rows(rows), embedding_format=Format(4, 32, scale_bits=6))  # type: ignore[arg-type]
+    blocks = [transform.apply(block_of(stack, layer), row) for layer, row in enumerate(stack.spec.rows)]
+    table = pack_table(values(stack.decoder.embedding), Format(4, 32, scale_bits=6), "search")
+    slim = stack.rebuilt(spec, blocks, embedding=table)
+    save(tmp_path / "slim", spec, slim.tensors())
+    weights = read(tmp_path / "slim").weights
+    assert sum(tensor.nbytes for _, tensor in weights.stream()) == spec.bytes() < stack.spec.bytes() / 4
+    again = DecoderStack(build(weights))
+    for name, tensor in slim.tensors():
+        assert torch.equal(dict(again.tensors())[name], tensor)
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(again(tokens), slim(tokens))
 
 
 def test_a_table_is_packed_in_its_own_dtype() -> None:
