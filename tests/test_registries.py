@@ -55,6 +55,7 @@ INFRASTRUCTURE = {
         "journal": "resuming after a kill",
         "ledger": "the whole life of a model, not its layers",
         "linear_map": "compares two models, so it is not a column of one",
+        "marginal": "what each edit of a finished plan costs, so it is not a column",
         "memory": "running out of it",
         "neighbours": "distances and dimensions of any cloud of points",
         "perturbation": "perturbs parts of any network, which are not rows",
