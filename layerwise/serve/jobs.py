@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from layerwise.errors import BadOption
+from layerwise.errors import BadData, BadOption
 from layerwise.serve import conversation
 from layerwise.serve.engine import Engine
 from layerwise.serve.grammar import Grammars
@@ -41,6 +41,8 @@ class Jobs:
 
     def _texts(self, body: CompletionBody) -> Job:
         prompts = body.prompts()
+        if not prompts:
+            raise BadData("no prompt", expected="at least one", do="write something to continue")
         if len(prompts) * body.choices > MOST_ANSWERS:
             raise BadOption(f"{len(prompts)} prompts with {body.choices} answers each",
                             expected=f"at most {MOST_ANSWERS} answers to one request", do="send them in parts")

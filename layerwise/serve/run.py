@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket to serve on; port 0 takes a free one. Raises BadOption where that is not possible."""
+    bound = None
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        return bound
     except (OSError, OverflowError) as error:
+        if bound is not None:
+            bound.close()
         raise BadOption(f"address {host}:{port}: {error}", expected="a free address of this machine",
                         do="choose another --port or --host") from error
-    return bound
 
 
 def server(service: Service, *, key: str | None = None, grace: float = 30.0,
@@ -56,7 +59,7 @@ def server(service: Service, *, key: str | None = None, grace: float = 30.0,
             service.close()
 
     return Server(uvicorn.Config(
-        application(service, key), log_level="warning", access_log=False, lifespan="off", server_header=False,
+        application(service, key), log_level="error", access_log=False, lifespan="off", server_header=False,
         timeout_graceful_shutdown=int(grace) + 5))
 
 
