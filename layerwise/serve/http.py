@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,6 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from layerwise import __version__
 from layerwise.errors import LayerwiseError, UnknownName
 from layerwise.serve import prometheus, replies
 from layerwise.serve.guard import Guard
@@ -44,7 +44,7 @@ class EventStream(StreamingResponse):
 
 def application(service: Service, key: str | None = None) -> Guard:
     """The ASGI application. With `key`, everything but `/` and `/health` needs it as a bearer token."""
-    app = FastAPI(title="layerwise", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="layerwise", version=version("layerwise"), docs_url=None, redoc_url=None)
     guard = Guard(app, body=service.bounds.body, seconds=service.bounds.seconds + 60, key=key)
     _add_answers(app, service)
     _add_views(app, service, guard)
