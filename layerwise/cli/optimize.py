@@ -33,6 +33,9 @@ Only = Annotated[
     str,
     typer.Option("--only", help="What a layer may become, separated by commas: bits, 8, 4, 4/128, drop, ..."),
 ]
+Heal = Annotated[
+    Amount, typer.Option("--heal", help="Train the result on what the original says, such as 10m, 90s or 200steps.")
+]
 Controls = Annotated[bool, typer.Option("--controls", help="Also measure random, shuffled and reversed plans.")]
 
 
@@ -46,6 +49,7 @@ def optimize(
     solver: SolverName = None,
     only: Only = "",
     controls: Controls = False,
+    heal: Heal = None,
     data: Data = "default",
     seed: Seed = 0,
     output: Output = None,
@@ -63,6 +67,7 @@ def optimize(
     from layerwise.report import optimize as job
     from layerwise.report.alternatives import check_words
     from layerwise.report.run import Run, default_folder
+    from layerwise.train.duration import Duration
 
     screen = Screen(as_json)
     limits = {
@@ -77,6 +82,7 @@ def optimize(
     check_words(alternatives)
     if solver is not None:
         SOLVERS[solver]
+    healing = {} if heal is None else {"heal": str(Duration.parse(heal))}
     arguments = {
         "model": full(model),
         "budget": budget.given(),
@@ -85,12 +91,13 @@ def optimize(
         "controls": controls,
         "data": full(data),
         "seed": seed,
+        **healing,
     }
     folder = output or default_folder("optimize", model, arguments)
     with Run.open(folder, "optimize", arguments, fresh=fresh) as run, screen.resumable():
         done = job.optimize(
             model, budget, run, solver=solver, only=alternatives, data=data, seed=seed, controls=controls,
-            tell=screen.tell,
+            heal=heal, tell=screen.tell,
         )
     screen.show(f"\n{done.report}\n\nplan    {run.path('plan.json')}\nmodel   {done.model}\nreport  {done.page}")
     screen.finish(
@@ -100,5 +107,6 @@ def optimize(
             "plan": run.path("plan.json"),
             "report": done.page,
             "model": done.model,
+            **({"healing": done.report.healing.to_json()} if done.report.healing else {}),
         }
     )

@@ -85,6 +85,12 @@ class TextData:
         """All blocks but the first `count`."""
         return self._part(slice(count, None))
 
+    def rows(self, indices: Sequence[int]) -> TextData:
+        """Some blocks, in the order given."""
+        mask_NT = None if self.mask_NT is None else self.mask_NT[list(indices)]
+        source = dataclasses.replace(self.source, chosen=tuple(self.source.chosen[index] for index in indices))
+        return dataclasses.replace(self, tokens_NT=self.tokens_NT[list(indices)], mask_NT=mask_NT, source=source)
+
     def shortened(self, length: int) -> TextData:
         """The first `length` tokens of every block."""
         mask_NT = None if self.mask_NT is None else self.mask_NT[:, :length]

@@ -19,6 +19,7 @@ from layerwise.measure.identity import identity
 from layerwise.measure.scores import Scores
 from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
 from layerwise.report.decide import Decide
+from layerwise.report.heal import heal_in, load_healing
 from layerwise.report.layers import kept_layers
 from layerwise.report.report import Report
 from layerwise.report.run import Run
@@ -29,6 +30,7 @@ from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.open import open
 from layerwise.stack.vision import VisionLanguageStack
+from layerwise.train.duration import Duration
 from layerwise.train.vision_language import examples
 
 Tell = Callable[[str], None]
@@ -67,6 +69,7 @@ def optimize(
     data: str | Path = "default",
     seed: int = 0,
     controls: bool = False,
+    heal: str | None = None,
     tell: Tell = lambda _: None,
     progress: bool = True,
 ) -> Optimized:
@@ -74,11 +77,13 @@ def optimize(
 
     A plan is made, carried out and measured, and made again with predictions corrected by that, until they agree
     (see `refine`); the plan nearest to the original is taken. `solver` makes the plans, `controls` sets random,
-    shuffled and reversed ones beside them. `only` limits what a layer may become (see `parse_alternatives`). Text
+    shuffled and reversed ones beside them. `only` limits what a layer may become (see `parse_alternatives`). `heal`
+    says how long to train what came out on what the original says, such as "10m" or "200steps"; bytes stay. Text
     to measure on is the calibration split of `data`, text to verify on its verification split. Finished steps of
     the run are not repeated.
     Raises what opening, measuring, allocating, applying and verifying raise.
     """
+    duration = Duration.parse(heal) if heal else None
     stack = opened(source, tell)
     run.note("model fingerprint", identity(stack))
     alternatives = parse_alternatives(only, stack.spec) or defaults_for(budget, stack.spec)
@@ -113,9 +118,13 @@ def optimize(
         save=lambda slim, path: slim.save(path),
         load=lambda path: path,
     )
+    healing = None
+    if duration:
+        model = heal_in(run, stack, model, plan, calibration, data, duration, seed, tell)
+        healing = load_healing(run.path("healing.json"))
     report = run.step(
         "report",
-        lambda: _verify(stack, model, plan, scores, data, seed, tell, progress),
+        lambda: replace(_verify(stack, model, plan, scores, data, seed, tell, progress), healing=healing),
         file="report.json",
         save=lambda report, path: report.save(path),
         load=Report.load,

@@ -13,6 +13,7 @@ from layerwise.data.bootstrap import Interval
 from layerwise.errors import BadFile
 from layerwise.io import atomic
 from layerwise.report.layers import LayerChange
+from layerwise.train.healing import Healing
 
 if TYPE_CHECKING:
     from layerwise.measure.scores import Scores
@@ -72,7 +73,7 @@ class Report:
     `log_perplexity_change` is after minus before in nats per token, `kl` the divergence of the new
     predictions from the old in nats per token, `agreement` the share of positions with the same first
     choice; all three are intervals over blocks of text. `layers` say what each layer got. `notes` are what
-    a reader must know to judge the numbers.
+    a reader must know to judge the numbers; `healing` says what training there was.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Report:
     tasks: Mapping[str, TaskResult] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    healing: Healing | None = None
 
     @property
     def perplexity_ratio(self) -> Interval:
@@ -109,6 +111,7 @@ class Report:
             tasks={name: TaskResult.from_json(result) for name, result in value["tasks"].items()},
             notes=tuple(value["notes"]),
             provenance=value["provenance"],
+            healing=Healing.from_json(value["healing"]) if value.get("healing") else None,
         )
 
     def save(self, path: str | Path) -> Path:

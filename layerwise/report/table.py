@@ -18,6 +18,8 @@ def text(report: Report) -> str:
         predictions(report),
         got(report.layers),
     ]
+    if report.healing:
+        parts.append(f"healing: {report.healing}")
     if report.notes:
         parts.append("\n".join(f"note: {note}" for note in report.notes))
     return "\n\n".join(parts)

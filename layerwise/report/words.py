@@ -11,8 +11,9 @@ from layerwise.report.table import size, speed
 
 
 def summary(report: Report, tried: Sequence[Mapping[str, Any]] = ()) -> list[str]:
-    """Three to six sentences: size, quality, speed, what the layers got, and how controls fared."""
-    sentences = [_size(report), _quality(report), *_speed(report), _layers(report), *_controls(tried)]
+    """Three to seven sentences: size, quality, speed, what the layers got, healing, and how controls fared."""
+    made = [_layers(report), *_healing(report), *_controls(tried)]
+    sentences = [_size(report), _quality(report), *_speed(report), *made]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -65,6 +66,11 @@ def _layers(report: Report) -> str:
         words.append(f"bits of the {len(widths)} matrices in the layers: {held}")
     text = "; ".join(words)
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _healing(report: Report) -> Iterator[str]:
+    if report.healing:
+        yield f"It was healed by learning from the original: {report.healing}."
 
 
 def _controls(tried: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,8 @@ from layerwise.measure.identity import identity
 from layerwise.stack.decoder import DecoderStack
 from layerwise.train.checkpoint import Checkpoint, digest
 from layerwise.train.distill import Teacher, Weights, distillation
+from layerwise.train.duration import Duration
+from layerwise.train.healing import Healing
 from layerwise.train.loop import AfterStep, Best, Clock, Recipe, train
 from layerwise.train.methods import Layers, Lora, Method, Partial, Scales, prepared, stored
 
@@ -28,29 +29,8 @@ Loss = Callable[[DecoderStack, Tensor], Tensor]
 FAST_RATE, SCALE_RATE = 3e-4, 3e-3
 """Learning rates where dense weights are trained, and where only scales, norms and biases are."""
 
-
-@dataclass(frozen=True)
-class Healing:
-    """What a healing took and gave. `before` and `after` are losses of the same kind on text held out of it, nats.
-
-    Where `helped` is False, the model was left as it was, and `after` is what it would have become.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
-    before: float
-    after: float
-    helped: bool
-    parameters: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        change = f"loss on held-out blocks {self.before:.4f} -> {self.after:.4f} nats/token"
-        end = "" if self.helped else "; that is no gain, so the model was left as it was"
-        return f"{self.steps:,} steps on {self.tokens:,} tokens in {self.seconds / 60:.1f} minutes: {change}{end}"
+BATCH = 2
+"""Blocks in one step."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +122,12 @@ def distil(
     return Healed(healed if helped else stack, healing, losses)
 
 
-def defaults(stack: DecoderStack, method: Method, steps: int = 100, seconds: float | None = None,
-             seed: int = 0) -> Recipe:
-    """A recipe whose learning rate suits what the method trains."""
+def defaults(stack: DecoderStack, method: Method, duration: Duration | None = None, seed: int = 0) -> Recipe:
+    """A recipe whose learning rate suits what the method trains; 100 steps where no duration is given."""
+    duration = duration or Duration(steps=100)
     packed = all(set(row.matrices(stack.spec.hidden)) <= set(row.formats) for row in stack.spec.rows)
     rate = SCALE_RATE if packed or isinstance(method, Scales) else FAST_RATE
-    return Recipe(steps, 4, rate, warmup=10, seed=seed, seconds=seconds)
+    return Recipe(duration.steps or 0, BATCH, rate, warmup=10, seed=seed, seconds=duration.seconds)
 
 
 @torch.no_grad()
