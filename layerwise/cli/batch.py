@@ -68,7 +68,8 @@ def batch(
             def told(line: Line, wrong: str | None) -> None:
                 if wrong is not None:
                     failed.append({"line": line.number, "error": wrong})
-                    progress.console.print(f"line {line.number}: {wrong}", markup=False, highlight=False, soft_wrap=True)
+                    words = f"line {line.number}: {wrong}"
+                    progress.console.print(words, markup=False, highlight=False, soft_wrap=True)
                 rate = engine.metrics()["generated_tokens_total"] / max(time.monotonic() - began, 1e-9)
                 progress.update(bar, advance=1, rate=f"{rate:.0f} tokens/s")
 

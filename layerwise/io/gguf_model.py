@@ -1,9 +1,9 @@
 """A GGUF file seen as a checkpoint of transformers: configuration, tensor names, and changed values undone.
 
-Layers of a `deci` file may differ: it is a Llama with numbers of heads and widths for each layer, no heads
-meaning no attention. Writers of GGUF change values for four reasons, all reversed here: Llama-like queries and keys have the two
-halves of each head interleaved, Gemma norms hold 1 + weight, GPT-2 matrices are transposed, and the Llama 3.1
-rotary scaling is stored as a table of divisors instead of its parameters.
+Layers of a `deci` file may differ: it is a Llama with numbers of heads and widths for each layer, no heads meaning
+no attention. Writers of GGUF change values for four reasons, all reversed here: Llama-like queries and keys have
+the two halves of each head interleaved, Gemma norms hold 1 + weight, GPT-2 matrices are transposed, and the Llama
+3.1 rotary scaling is stored as a table of divisors instead of its parameters.
 """
 
 from __future__ import annotations
@@ -217,7 +217,8 @@ def _llama_like(file: GGUFFile, architecture: str) -> dict[str, Any]:
         "num_attention_heads": heads, "num_key_value_heads": _largest(data.get("attention.head_count_kv", heads)),
         "head_dim": width, "max_position_embeddings": data["context_length"], "hidden_act": "silu",
         "rms_norm_eps": _rounded(data["attention.layer_norm_rms_epsilon"]),
-        "rope_parameters": _rope(file, data, width), "attention_bias": any(name.endswith("attn_q.bias") for name in file.tensors),
+        "rope_parameters": _rope(file, data, width),
+        "attention_bias": any(name.endswith("attn_q.bias") for name in file.tensors),
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
     if data.get("rope.dimension_count", width) != width:

@@ -102,7 +102,9 @@ def _kind(wrapper: Mapping[str, Any], body: object) -> type[ChatBody] | type[Com
     url = wrapper.get("url")
     if url is not None and url not in URLS:
         raise ValueError(f"url {url!r}; expected one of {', '.join(URLS)}")
-    return URLS[url] if url else ChatBody if "messages" in body else CompletionBody
+    if url:
+        return URLS[url]
+    return ChatBody if "messages" in body else CompletionBody
 
 
 @dataclass

@@ -112,7 +112,8 @@ class Service:
 
     def _out_of_time(self, job: Job, told: dict[int, int]) -> list[tuple[int, Event]]:
         if not any(told.values()) and len(told) == len(job.requests):
-            raise QueueFull(f"no turn within {self.bounds.seconds:g} s", expected="fewer requests", do="try again later")
+            waited = f"no turn within {self.bounds.seconds:g} s"
+            raise QueueFull(waited, expected="fewer requests", do="try again later")
         return [(index, Event(job.requests[index].id, finish="length",
                               usage=Usage(len(job.requests[index].prompt), 0, count)))
                 for index, count in told.items()]

@@ -15,8 +15,8 @@ import pytest
 Command = Callable[..., Any]
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["profile", "optimize", "pareto", "apply", "export", "compare", "generate", "chat", "serve", "batch", "systems",
-            "reproduce", "doctor"]
+COMMANDS = ["profile", "optimize", "pareto", "apply", "export", "compare", "generate", "chat", "serve", "batch",
+            "systems", "reproduce", "doctor"]
 HEAVY = ["torch", "transformers", "numpy", "pandas", "scipy", "plotly", "rich", "tokenizers", "jinja2"]
 
 
