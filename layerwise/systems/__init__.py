@@ -26,6 +26,7 @@ SYSTEMS = Registry(
         "reassess-layer-pruning": "layerwise.systems.transform.reassess_layer_pruning:run",
         "layerwise-quant": "layerwise.systems.transform.layerwise_quant:run",
         "unified-layer-skipping": "layerwise.systems.generate.unified_layer_skipping:run",
+        "kvsharer": "layerwise.systems.generate.kvsharer:run",
     },
 )
 """The systems that are done; `layerwise.systems.catalogue` lists all of them."""

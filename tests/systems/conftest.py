@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import pytest
 
@@ -17,6 +18,9 @@ class Bytes:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        return bytes(ids).decode(errors="replace")
 
 
 @pytest.fixture
