@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from layerwise.allocate.apply import apply
 from layerwise.allocate.plan import Plan
 from layerwise.data.text import TextData
@@ -70,34 +72,66 @@ def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan]
 
 
 def corrected(scores: Scores, plan: Plan, seen: Marginals, floor: float = 0.0) -> Scores:
-    """Scores whose responses predict, for `plan`, the loss that was measured, shared out as undoing shows.
+    """Scores that predict, for `plan`, the loss that was measured, shared out as undoing shows.
 
-    What undoing one edit saves is known to within the floor; where edits lose less than that, their shares stay
-    nearly as they were predicted.
+    First by kind of edit, since a kind may be worse than its errors say everywhere: the factors that explain best
+    what undoing each layer saves. Then by layer and table, as far as it can be known: what undoing saves is
+    measured to within the floor, so that where edits lose less than that their shares stay as predicted.
     """
-    predicted = _predicted(plan)
-    saved = {target: predicted[target] * (max(value, 0.0) + floor) / (predicted[target] + floor)
-             for target, value in seen.saved.items() if predicted.get(target)}
-    others = sum(loss for target, loss in predicted.items() if target not in saved)
-    total, left = sum(saved.values()), seen.kl - floor - others
-    if not total or left <= 0:
+    kinds = _predicted(plan)
+    saved = {target: max(value, 0.0) for target, value in seen.saved.items() if sum(kinds.get(target, {}).values())}
+    left = seen.kl - floor - sum(sum(losses.values()) for target, losses in kinds.items() if target not in saved)
+    if not sum(saved.values()) or left <= 0:
         return scores
-    factors = {target: min(max(left * value / total / predicted[target], 1 / STEP), STEP)
-               for target, value in saved.items()}
-    columns = {name: _scaled(column, factors) if name.startswith("response:") else column
-               for name, column in scores.columns.items()}
+    by_kind = _by_kind({target: kinds[target] for target in saved if isinstance(target, int)}, saved)
+    expected = {target: sum(loss * (by_kind.get(kind, 1.0) if isinstance(target, int) else 1.0)
+                            for kind, loss in kinds[target].items()) for target in saved}
+    shares = {target: expected[target] * (value + floor) / (expected[target] + floor)
+              for target, value in saved.items()}
+    level = left / sum(shares.values())
+    factors = {target: min(max(level * share / expected[target], 1 / STEP), STEP) for target, share in shares.items()}
+    columns = {name: _of_kind(_scaled(column, factors), by_kind) for name, column in scores.columns.items()}
     return replace(scores, columns=columns)
 
 
-def _predicted(plan: Plan) -> dict[int | str, float]:
-    losses: dict[int | str, float] = {}
+def _predicted(plan: Plan) -> dict[int | str, dict[str, float]]:
+    """Predicted losses by target and kind of edit."""
+    losses: dict[int | str, dict[str, float]] = {}
     for edit in plan.edits:
-        losses[edit.target] = losses.get(edit.target, 0.0) + (edit.predicted_loss or 0.0)
+        found = losses.setdefault(edit.target, {})
+        found[edit.transform] = found.get(edit.transform, 0.0) + (edit.predicted_loss or 0.0)
     return losses
 
 
+def _by_kind(predicted: Mapping[int | str, Mapping[str, float]], saved: Mapping[int | str, float]) -> dict[str, float]:
+    """The factor of each kind, by least squares without negative ones; between 1 / STEP and STEP^2."""
+    from scipy.optimize import nnls
+
+    kinds = sorted({kind for losses in predicted.values() for kind, loss in losses.items() if loss > 0})
+    if len(kinds) < 2 or len(predicted) < 2 * len(kinds):
+        return {}
+    table = np.array([[losses.get(kind, 0.0) for kind in kinds] for losses in predicted.values()])
+    found, _ = nnls(table, np.array([saved[target] for target in predicted]))
+    return {kind: float(np.clip(factor, 1 / STEP, STEP**2)) for kind, factor in zip(kinds, found, strict=True)}
+
+
+def _of_kind(column: Column, factors: Mapping[str, float]) -> Column:
+    """A column of errors or of parts left out, with the factor of the transform that it is about."""
+    name, _, setting = column.name.partition(":")
+    what = setting.partition(":")[2]
+    kind = "quantize"
+    if name == "response":
+        kind = "drop" if setting.startswith("drop") else ""
+    elif name != "output-error" or what == "probe" or setting.startswith("table:"):
+        kind = ""
+    elif what.startswith(("rank ", "width ")):
+        kind = "low-rank" if what.startswith("rank ") else "narrow"
+    factor = factors.get(kind, 1.0)
+    return column if factor == 1.0 else replace(column, values=tuple(value * factor for value in column.values))
+
+
 def _scaled(column: Column, factors: Mapping[int | str, float]) -> Column:
-    if column.name.endswith(":floor"):
+    if not column.name.startswith("response:") or column.name.endswith(":floor"):
         return column
     values = tuple(value * factors.get(layer, 1.0) for layer, value in enumerate(column.values))
     outside = {place: value * factors.get(place, 1.0) for place, value in column.outside.items()}

@@ -63,7 +63,9 @@ def try_plans(
                     progress=progress)
     found = [Tried(f"{name}, round {number}" if number > 1 else name, "candidate", one.bytes, one.measured, one.plan,
                    one.predicted) for number, one in enumerate(rounds, start=1)]
-    others = list(_others(scores, decide, controls, "uniform" if solver is None else None))
+    others: list[tuple[str, Kind, Plan]] = []
+    others += [("formats only", "candidate", plan) for plan in _formats_only(scores, decide, name)]
+    others += _others(scores, decide, controls, "uniform" if solver is None else None)
     with Progress("trying other plans", len(others), progress) as bar:
         for other, kind, plan in others:
             same = next((point for point in found if point.plan.edits == plan.edits), None)
@@ -94,6 +96,20 @@ def load_tried(path: Path) -> list[Tried]:
         raise BadFile(
             f"the plans tried in {path}: {error}", expected="a file written by this command", do="use --fresh"
         ) from error
+
+
+def _formats_only(scores: Scores, decide: Decide, solver: str) -> Iterator[Plan]:
+    """The plan without factors, narrower halves and dropped parts, where formats alone can meet the budget.
+
+    How much those lose is predicted less well than what rounding loses, so a plan without them stands beside.
+    """
+    plain = [item for item in decide.alternatives if item.transform in (None, "quantize")]
+    if len(plain) == len(decide.alternatives) or not any(item.transform for item in plain):
+        return
+    try:
+        yield replace(decide, alternatives=plain)(scores, solver)
+    except BadBudget:
+        return
 
 
 def _others(scores: Scores, decide: Decide, controls: bool, candidate: str | None) -> Iterator[tuple[str, Kind, Plan]]:
