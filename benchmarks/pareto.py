@@ -39,12 +39,14 @@ from layerwise.measure.engine import measure
 from layerwise.measure.output_error import OutputError
 from layerwise.measure.scores import Scores
 from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
+from layerwise.report.decide import Decide
 from layerwise.report.optimize import SHORT, calibration_text, parted
-from layerwise.report.refine import refine
+from layerwise.report.tried import try_plans
 from layerwise.report.verify import compare_on, verification_text
 from layerwise.stack.decoder import DecoderStack
 
 SHARES = (60, 45, 35, 30, 25)
+MIXTURES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 RANKS = (0.8, 0.6, 0.4, 0.2, 0.1, 0.05)
 Point = dict[str, Any]
 
@@ -116,9 +118,11 @@ class Bench:
     def joint(self, budget: Budget, alternatives: list[Alternative] | None = None) -> tuple[int, DecoderStack]:
         """What `layerwise optimize` does."""
         offered = alternatives or defaults_for(budget, self.stack.spec)
-        rounds = refine(self.stack, self.scores, lambda scores: allocate(scores, budget, alternatives=offered),
-                        self.calibration, self.trial, tell=lambda words: print(f"  {words}", flush=True))
-        best = min(rounds, key=lambda one: one.measured).plan
+        tried = try_plans(self.stack, self.scores, Decide(budget, offered), self.calibration, self.trial,
+                          controls=False, tell=lambda words: print(f"  {words}", flush=True))
+        for one in tried:
+            print(f"  {one.name}: predicted {one.predicted:.4f}, measured {one.kl:.4f}", flush=True)
+        best = next(one.plan for one in tried if one.kind == "plan")
         best.save(self.folder / f"plan-{budget}-{len(offered)}.json".replace(" ", "-"))
         return self.carried_out(best)
 
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--mixtures", type=Path)
+    parser.add_argument("--names", default=",".join(MIXTURES), help="mixtures to compare with")
     parser.add_argument("--shares", default=",".join(map(str, SHARES)))
     parser.add_argument("--only", default="")
     given = parser.parse_args()
@@ -165,8 +170,8 @@ def main() -> None:
         for name, make in methods(bench, Budget(bytes=share / 100)).items():
             if wanted is None or name in wanted:
                 bench.point(f"{share} {name}", make)
-    if given.mixtures and (wanted is None or "llama.cpp" in wanted):
-        compare_with_mixtures(bench, given.mixtures)
+    if given.mixtures:
+        compare_with_mixtures(bench, given.mixtures, given.names.split(","))
     page = report(bench, given.model, shares)
     atomic.write_text(given.folder / "report.md", page)
     print(page)
@@ -187,11 +192,13 @@ def methods(bench: Bench, budget: Budget) -> dict[str, Callable[[], tuple[int, D
     }
 
 
-def compare_with_mixtures(bench: Bench, folder: Path) -> None:
+def compare_with_mixtures(bench: Bench, folder: Path, names: Sequence[str]) -> None:
     """llama.cpp's mixtures, and the joint plan at the size of each."""
     from benchmarks.peers.llamacpp import llamacpp_mixtures
 
     for name, (size, opened) in llamacpp_mixtures(bench.stack, folder).items():
+        if name not in names:
+            continue
         bench.point(f"{name} llama.cpp", lambda size=size, opened=opened: (size, opened))
         bench.point(f"{name} joint", lambda size=size: bench.joint(Budget(bytes=size)))
 
