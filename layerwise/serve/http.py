@@ -29,6 +29,7 @@ from layerwise.serve.service import INLINE, Refused, Service
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": replies.ErrorReply} for status in (400, 401, 403, 404, 408, 413, 429)}
+PAGE = Path(__file__).parent / "page.html"
 
 
 class EventStream(StreamingResponse):
@@ -103,7 +104,7 @@ def _add_views(app: FastAPI, service: Service, guard: Guard) -> None:
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
-        return (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+        return PAGE.read_text(encoding="utf-8")
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
