@@ -29,7 +29,8 @@ from layerwise.serve.openai import ChatBody, CompletionBody
 from layerwise.serve.render import Job, Renderer
 from layerwise.serve.request import Completion
 
-URLS = {"/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody}
+URLS: dict[str, type[ChatBody] | type[CompletionBody]] = {
+    "/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody}
 DEFAULTS = {"temperature": 0.0, "seed": 0}
 """What a line gets that says nothing: the likeliest tokens, the same every time."""
 
