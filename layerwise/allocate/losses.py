@@ -80,7 +80,8 @@ class Losses:
 
     def floor(self, target: Target) -> float:
         """Losses up to this are no more than what rounding does; 0 where that was not measured."""
-        floors = {f"{name.partition(':')[0]}:floor" for name in self.columns} if self.measured else set()
+        measured = {name.partition(":")[0] for name in self.columns} if self.measured else set()
+        floors = {f"{'response' if name == 'output-error' else name}:floor" for name in measured}
         known = [_value(self.scores[name], target) for name in sorted(floors) if name in self.scores]
         return max((value for value in known if not math.isnan(value)), default=0.0)
 

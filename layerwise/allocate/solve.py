@@ -45,7 +45,8 @@ def allocate(
     groups, losses = make_choices(scores, alternatives, by, clock, tuple(limits))
     groups = [_useful(group, tuple(limits)) for group in groups]
     if solver.reads_losses:
-        groups = [_worth_paying(group, losses.floor(group[0].target), tuple(limits)) for group in groups]
+        shares = len(groups) if any(name.startswith("output-error:") for name in losses.columns) else 1
+        groups = [_worth_paying(group, losses.floor(group[0].target) / shares, tuple(limits)) for group in groups]
     picked = solver.solve(groups, limits, seed)
     return _plan(scores, budget, limits, solver, seed, losses, picked)
 
@@ -62,7 +63,9 @@ def _useful(group: list[Choice], currencies: tuple[str, ...]) -> list[Choice]:
 def _worth_paying(group: list[Choice], floor: float, currencies: tuple[str, ...]) -> list[Choice]:
     """Without choices that cost more, in every limited currency, than one whose loss is lost in rounding.
 
-    So a plan does not spend what is left of its budget on differences that nobody can measure.
+    So a plan does not spend what is left of its budget on differences that nobody can measure. Losses predicted from
+    output errors can be told apart far below the floor: there `floor` is a group's share of it, so that all groups
+    together lose no more than rounding does.
     """
     free = [choice for choice in group if choice.edits and choice.loss <= floor]
     return [choice for choice in group
