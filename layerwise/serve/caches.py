@@ -39,7 +39,7 @@ class Caches:
 
     def pending(self, sequence: Sequence, running: Many[Sequence]) -> bool:
         """Whether another sequence computes the block that this one needs first."""
-        if self.tree is None:
+        if self.tree is None or sequence.request.params.prompt_logprobs:
             return False
         path = self.tree.match(sequence.tokens)
         node, start = path[-1] if path else self.tree.root, len(path) * self.block
@@ -52,9 +52,11 @@ class Caches:
     def admit(self, sequence: Sequence, running: Many[Sequence]) -> bool:
         """Give the sequence the prefix that is known, if there is room for the rest of its tokens; whether there is.
 
-        Blocks that those running still need for their own tokens are not room.
+        Blocks that those running still need for their own tokens are not room. A prompt that is scored is computed
+        whole, since a cached prefix has no logits.
         """
-        path = self.tree.match(sequence.tokens) if self.tree else []
+        scored = sequence.request.params.prompt_logprobs
+        path = self.tree.match(sequence.tokens) if self.tree and not scored else []
         hit, needed = len(path) * self.block, -(-len(sequence.tokens) // self.block) - len(path)
         sequence.tables = self.tables()
         if self.tree is not None:

@@ -140,6 +140,9 @@ def test_an_echo_scores_the_prompt(client: openai.OpenAI, talker: DecoderStack) 
         [ids], Params(max_tokens=0, prompt_logprobs=True, logprobs=0))
     assert found.logprobs is not None and found.text == "abc"
     assert found.logprobs.token_logprobs == [None, *(entry.logprob for entry in scored.prompt_logprobs)]
+    again: dict[str, Any] = {"model": "tiny", "prompt": "abc" * 30, "max_tokens": 1, "temperature": 0}
+    long = [client.completions.create(**again, logprobs=0, echo=True).choices[0] for _ in range(2)]
+    assert long[0].logprobs is not None and len(long[0].logprobs.tokens) >= 90 and long[0] == long[1]
     assert found.logprobs.tokens == ["a", "b", "c"] and found.logprobs.text_offset == [0, 1, 2]
 
 
