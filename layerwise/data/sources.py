@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from layerwise.data.docstrings import docstrings
 from layerwise.data.split import Split
 from layerwise.errors import BadData, BadFile, MissingExtra
 
@@ -25,7 +26,7 @@ _WIKITEXT_FILES: dict[Split | None, str] = {
 def documents(source: str | Path, field: str = "text") -> Iterator[str]:
     """The documents of a source in a stable order, each ending in a blank line, up to READ_LIMIT characters.
 
-    `source` is "default", a .txt, .md or .jsonl file, a folder of them, or
+    `source` is "default", "docstrings", a .txt, .md or .jsonl file, a folder of them, or
     "hf:<namespace>/<data set>[/<configuration>]:<split>", or "hf:<saved folder>:<split>". `field` names the
     text of a JSON line or of a data set's row. Raises BadFile for what cannot be read, BadData for what
     holds no text, MissingExtra for "hf:" without the extra `datasets`.
@@ -92,6 +93,8 @@ def detokenized(text: str) -> str:
 def _all_documents(source: str | Path, field: str) -> Iterator[str]:
     if source == "default":
         yield from default_text()
+    elif source == "docstrings":
+        yield from docstrings()
     elif str(source).startswith("hf:"):
         yield from _dataset(str(source), field)
     else:
@@ -105,7 +108,7 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise BadData(
             f"no text at {path}",
-            expected=f"'default', {', '.join(WIKITEXT)}, hf:<data set>:<split>, "
+            expected=f"'default', 'docstrings', {', '.join(WIKITEXT)}, hf:<data set>:<split>, "
             f"or a {'/'.join(SUFFIXES)} file or folder",
             do="check the path; text itself goes through TextData.from_text",
         )

@@ -141,8 +141,8 @@ def text_blocks(
 ) -> TextData:
     """`blocks` blocks of `length` tokens from one split of a source; all its blocks if `blocks` is None.
 
-    Sources: "default" (English that comes with Python), "wikitext-2" and "wikitext-2-detokenized" (from the
-    folder LAYERWISE_DATA), a .txt, .md or .jsonl file, a folder of them, "hf:<data set>:<split>". What
+    Sources: "default" and "docstrings" (English that comes with Python), "wikitext-2" and "wikitext-2-detokenized"
+    (from the folder LAYERWISE_DATA), a .txt, .md or .jsonl file, a folder of them, "hf:<data set>:<split>". What
     belongs to a split depends on the text alone, never on `length`, `blocks` or `seed`; `split` None takes
     all text. Documents follow one another without filling; the rest that fills no block is dropped.
     `seed` draws the blocks at random, in text order (more blocks contain the fewer); None takes the first.

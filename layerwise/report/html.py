@@ -12,7 +12,7 @@ from layerwise.report import charts, studies
 from layerwise.report.findings import findings
 from layerwise.report.layers import runs
 from layerwise.report.report import Report
-from layerwise.report.table import predictions, rows
+from layerwise.report.table import negligible, predictions, rows
 from layerwise.report.words import summary
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def _shared(report: Report, tried: Sequence[Mapping[str, Any]]) -> dict[str, Any
         "summary": summary(report, tried),
         "rows": rows(report),
         "predictions": predictions(report),
+        "negligible": negligible(report),
         "runs": list(runs(report.layers)),
     }
 

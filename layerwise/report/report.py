@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.data.bootstrap import Interval
+from layerwise.data.sequential import Verdict, verdict
 from layerwise.errors import BadFile
 from layerwise.io import atomic
 from layerwise.report.layers import LayerChange
@@ -67,6 +68,46 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
+class TextResult:
+    """Both models on one more text: perplexities, and as in `Report` the change, divergence and agreement."""
+
+    before: float
+    after: float
+    log_perplexity_change: Interval
+    kl: Interval
+    agreement: Interval
+    tokens: int
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> TextResult:
+        intervals = {name: Interval(**value[name]) for name in ("log_perplexity_change", "kl", "agreement")}
+        return TextResult(**{**value, **intervals})
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Is the difference of two models on the same items within `tolerance` of none?
+
+    `change` holds at its level although the comparison may have stopped before all `available` items were tried:
+    `items` of them were. It is in nats per token for perplexity and a share of items for accuracy.
+    """
+
+    change: Interval
+    tolerance: float
+    verdict: Verdict
+    items: int
+    available: int
+
+    @staticmethod
+    def of(change: Interval, tolerance: float, items: int, available: int) -> Paired:
+        return Paired(change, tolerance, verdict(change, tolerance), items, available)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Paired:
+        return Paired(**{**value, "change": Interval(**value["change"])})
+
+
+@dataclass(frozen=True)
 class Report:
     """Before and after on the same text.
 
@@ -74,6 +115,7 @@ class Report:
     predictions from the old in nats per token, `agreement` the share of positions with the same first
     choice; all three are intervals over blocks of text. `layers` say what each layer got. `notes` are what
     a reader must know to judge the numbers; `healing` says what training there was.
+    `texts` are further texts by name, and `tests` say of each text and task whether the difference is negligible.
     """
 
     model: str
@@ -87,6 +129,8 @@ class Report:
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     healing: Healing | None = None
+    texts: Mapping[str, TextResult] = field(default_factory=dict)
+    tests: Mapping[str, Paired] = field(default_factory=dict)
 
     @property
     def perplexity_ratio(self) -> Interval:
@@ -112,6 +156,8 @@ class Report:
             notes=tuple(value["notes"]),
             provenance=value["provenance"],
             healing=Healing.from_json(value["healing"]) if value.get("healing") else None,
+            texts={name: TextResult.from_json(found) for name, found in value.get("texts", {}).items()},
+            tests={name: Paired.from_json(found) for name, found in value.get("tests", {}).items()},
         )
 
     def save(self, path: str | Path) -> Path:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from layerwise.data.bootstrap import Interval
 from layerwise.report.layers import LayerChange, runs
-from layerwise.report.report import Measurement, Report
+from layerwise.report.report import Measurement, Paired, Report
 
 Row = tuple[str, str, str, str]
 
@@ -18,6 +19,8 @@ def text(report: Report) -> str:
         predictions(report),
         got(report.layers),
     ]
+    if report.tests:
+        parts.append("\n".join(f"{name}: {answer}" for name, answer in negligible(report)))
     if report.healing:
         parts.append(f"healing: {report.healing}")
     if report.notes:
@@ -35,6 +38,7 @@ def rows(report: Report) -> list[Row]:
         ("prefill tokens/s", *_speeds(a.prefill_tokens_per_s, b.prefill_tokens_per_s)),
         ("peak memory", *_memory(a, b)),
         ("perplexity", _perplexity(a), _perplexity(b), percent_change(report.perplexity_ratio)),
+        *_text_rows(report),
         *_task_rows(report),
     ]
 
@@ -46,6 +50,20 @@ def predictions(report: Report) -> str:
         f"same first choice {100 * report.agreement.value:.1f} % "
         f"[{100 * report.agreement.low:.1f}, {100 * report.agreement.high:.1f}]"
     )
+
+
+def negligible(report: Report) -> list[tuple[str, str]]:
+    """(what was compared, whether its difference is negligible and after how many items that was known)."""
+    return [(name, _answer(test, name.startswith("accuracy"))) for name, test in report.tests.items()]
+
+
+def _answer(test: Paired, accuracy: bool) -> str:
+    size = f"{100 * test.tolerance:g} points" if accuracy else f"{100 * math.expm1(test.tolerance):.1f} %"
+    worse = "below" if accuracy else "above"
+    said = {"within": f"the same to within {size}", "open": f"whether it changed by less than {size} cannot be told"}
+    answer = said.get(test.verdict, f"{'worse' if test.verdict == worse else 'better'} by more than {size}")
+    early = f"{test.items} of {test.available} items" if test.items < test.available else f"all {test.items} items"
+    return f"{answer}, after {early}"
 
 
 def got(changes: Sequence[LayerChange]) -> str:
@@ -95,6 +113,12 @@ def _memory(a: Measurement, b: Measurement) -> tuple[str, str, str]:
 def _perplexity(m: Measurement) -> str:
     low, high = m.perplexity_interval
     return f"{m.perplexity:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _text_rows(report: Report) -> Iterator[Row]:
+    for name, result in report.texts.items():
+        change = percent_change(result.log_perplexity_change.map(math.exp))
+        yield f"perplexity, {name}", f"{result.before:.3f}", f"{result.after:.3f}", change
 
 
 def _task_rows(report: Report) -> Iterator[Row]:

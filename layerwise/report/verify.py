@@ -1,50 +1,36 @@
-"""`verify`: run a model and its edited copy on the same text, and say what changed and how sure that is.
-
-Shapes: B rows, T tokens, V vocabulary, N blocks.
-"""
+"""`verify`: run a model and its edited copy on the same text, and say what changed and how sure that is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from layerwise.allocate.plan import Plan
-from layerwise.data.batch import Batch
 from layerwise.data.bootstrap import paired_ratio_interval, ratio_interval
-from layerwise.data.metrics import Losses, token_kl, token_losses
-from layerwise.data.tasks import MultipleChoice, accuracy, scorer
-from layerwise.data.text import TextData, text_blocks
+from layerwise.data.metrics import Losses
+from layerwise.data.sequential import Stop
+from layerwise.data.tasks import MultipleChoice
+from layerwise.data.text import TextData, encoder, text_blocks
 from layerwise.errors import BadData, BadOption
-from layerwise.measure.progress import Progress
+from layerwise.report.compared import AT_ONCE, Compared, accuracy_change, answers, compare_on, loss_change
 from layerwise.report.files import weight_bytes
 from layerwise.report.layers import kept_layers, layer_changes
 from layerwise.report.machine import machine, versions
 from layerwise.report.probe import Probe, probe
-from layerwise.report.report import Measurement, Report, TaskResult
+from layerwise.report.report import Measurement, Paired, Report, TaskResult, TextResult
 from layerwise.stack.base import Stack
 
-__all__ = ["Measurement", "Report", "TaskResult", "verify"]
+__all__ = ["Compared", "Measurement", "Paired", "Report", "TaskResult", "TextResult", "compare_on", "verify"]
 
 BLOCKS, LENGTH = 24, 512
+QUESTIONS = 48
+OTHER = "docstrings"
+"""Text of another kind than the default, which no step of a run reads before it is verified."""
 
-
-@dataclass(frozen=True)
-class Compared:
-    """Both models on the same blocks: losses of each, divergence and agreement summed over each block."""
-
-    before: Losses
-    after: Losses
-    kl_N: NDArray[np.float64]
-    same_N: NDArray[np.float64]
-    positions_N: NDArray[np.float64]
+TOLERANCE, POINTS = 0.01, 0.05
+"""Differences that count as negligible: nats per token (about one percent of perplexity), and share of questions."""
 
 
 def verify(
@@ -52,7 +38,8 @@ def verify(
     after: Stack,
     data: TextData | str | Path,
     *,
-    tasks: Iterable[str | MultipleChoice] = (),
+    tasks: Iterable[str | MultipleChoice] | None = None,
+    texts: Iterable[TextData | str | Path] | None = None,
     seed: int = 0,
     kept: Sequence[int] | None = None,
     speeds: bool = True,
@@ -61,7 +48,10 @@ def verify(
     """Compare two models on the same text, and measure size, speed and memory of each.
 
     `data` should be text that had no part in making `after`: the verification split of a source, which is
-    taken where `data` names a source. `tasks` are multiple-choice tasks or their names. `kept` says which
+    taken where `data` names a source. `texts` are further texts; one of another kind than the default if None, and
+    `tasks` multiple-choice tasks or their names, questions from the default text if None, both where `before` has a
+    tokenizer. Further texts and tasks run until it is clear whether the difference is negligible (see
+    `layerwise.data.sequential`), which `tests` in the report say; `data` itself is always read whole. `kept` says which
     row of `before` each row of `after` comes from; a stack made by `apply` knows. Without `speeds` no fresh
     process is started. `progress` shows a bar on standard error. Raises BadData for text that does not fit
     the models or losses that are not finite, BadOption for models with different vocabularies.
@@ -73,25 +63,34 @@ def verify(
             do="compare a model with its own edited copy",
         )
     text = data if isinstance(data, TextData) else verification_text(before, data)
+    others = [one if isinstance(one, TextData) else verification_text(before, one) for one in texts or ()]
+    others = _default_texts(before, text) if texts is None else others
+    questions = _default_tasks(before, seed) if tasks is None else list(map(_named_task, tasks))
     compared = compare_on(before, after, text, progress=progress)
+    more = {other.name: _text(before, after, other, seed, progress) for other in others}
+    asked = {task.name: _task(before, after, task, seed, progress) for task in questions}
     probes = [probe(stack) if speeds else Probe(None, None, None, "not asked for") for stack in (before, after)]
     positions = compared.positions_N
+    change = paired_ratio_interval((compared.before.sum_N, compared.before.tokens_N),
+                                   (compared.after.sum_N, compared.after.tokens_N), seed=seed)
+    tests = {f"perplexity, {text.name}": Paired.of(change, TOLERANCE, len(text), len(text)),
+             **{f"perplexity, {name}": test for name, (_, test) in more.items()},
+             **{f"accuracy, {name}": test for name, (_, test) in asked.items()}}
     return Report(
         model=before.name,
         before=_measurement(before, compared.before, probes[0], seed),
         after=_measurement(after, compared.after, probes[1], seed),
-        log_perplexity_change=paired_ratio_interval(
-            (compared.before.sum_N, compared.before.tokens_N),
-            (compared.after.sum_N, compared.after.tokens_N),
-            seed=seed,
-        ),
+        log_perplexity_change=change,
         kl=ratio_interval(compared.kl_N, positions, seed=seed),
         agreement=ratio_interval(compared.same_N, positions, seed=seed),
         layers=layer_changes(before.spec, after.spec, kept if kept is not None else _kept(after)),
-        tasks={task.name: _task(before, after, task, seed) for task in map(_named_task, tasks)},
+        tasks={name: result for name, (result, _) in asked.items()},
+        texts={name: result for name, (result, _) in more.items()},
+        tests=tests,
         notes=tuple(_notes(text)),
         provenance={
             "data": text.source.to_json(),
+            **({"further text": [other.source.to_json() for other in others]} if others else {}),
             "blocks": len(text),
             "tokens per block": text.length,
             "seed": seed,
@@ -115,69 +114,10 @@ def verification_text(stack: Stack, source: str | Path) -> TextData:
     return text_blocks(source, stack.tokenizer, length=length, blocks=blocks, split="verification")
 
 
-def predictions_of(stack: Stack) -> Callable[[Tensor], Tensor]:
-    """The stack as a function from tokens [B, T] to logits [B, T, V]."""
-
-    def logits(tokens_BT: Tensor) -> Tensor:
-        out: Any = stack(tokens_BT)
-        found = getattr(out, "logits", out)
-        if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[:2] != tokens_BT.shape:
-            raise BadOption(
-                f"{stack.name}, which returns {type(out).__name__}",
-                expected="a model that returns logits [batch, tokens, vocabulary]",
-                do="verify language models; compare the outputs of other modules directly",
-            )
-        return found
-
-    return logits
-
-
-@torch.inference_mode()
-def compare_on(before: Stack, after: Stack, data: TextData, *, progress: bool = False) -> Compared:
-    """Run both models over `data`, one block at a time. Raises BadData if a loss is not finite."""
-    first, second = predictions_of(before), predictions_of(after)
-    sums: list[list[float]] = []
-    with Progress("predictions before and after", len(data), progress) as bar:
-        for batch in data.batches(1):
-            sums.append(_block(first(batch.tokens_BT), second(batch.tokens_BT), batch))
-            bar.step()
-    columns = np.array(sums, dtype=np.float64).T
-    _check_finite(columns[:3], data, before.name)
-    return Compared(Losses(columns[0], columns[4]), Losses(columns[1], columns[4]), columns[2], columns[3], columns[5])
-
-
 def _kept(after: Stack) -> list[int] | None:
     """Which original layer each row comes from, where the stack was made by `apply`; else None."""
     origin: tuple[Stack, Plan] | None = getattr(after, "origin", None)
     return None if origin is None else kept_layers(origin[0].spec, origin[1])
-
-
-def _block(a_BTV: Tensor, b_BTV: Tensor, batch: Batch) -> list[float]:
-    """Summed losses before and after, divergence, agreement; predicted tokens, and positions."""
-    tokens_BT = batch.tokens_BT
-    mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if batch.mask_BT is None else batch.mask_BT
-    return [
-        _sum(token_losses(a_BTV, tokens_BT), mask_BT[:, 1:]),
-        _sum(token_losses(b_BTV, tokens_BT), mask_BT[:, 1:]),
-        _sum(token_kl(a_BTV, b_BTV), mask_BT),
-        _sum((a_BTV.argmax(-1) == b_BTV.argmax(-1)).float(), mask_BT),
-        float(mask_BT[:, 1:].sum()),
-        float(mask_BT.sum()),
-    ]
-
-
-def _sum(values_BT: Tensor, mask_BT: Tensor) -> float:
-    return float(values_BT.cpu().double().where(mask_BT, 0.0).sum())
-
-
-def _check_finite(columns: NDArray[np.float64], data: TextData, name: str) -> None:
-    bad = np.flatnonzero(~np.isfinite(columns).all(0))
-    if len(bad):
-        raise BadData(
-            f"losses that are not finite on block {bad[0]} of {data.name}, before or after {name} was edited",
-            expected="finite losses",
-            do="check the weights with `layerwise doctor`",
-        )
 
 
 def _measurement(stack: Stack, losses: Losses, found: Probe, seed: int) -> Measurement:
@@ -207,16 +147,48 @@ def _named_task(task: str | MultipleChoice) -> MultipleChoice:
     return found
 
 
-def _task(before: Stack, after: Stack, task: MultipleChoice, seed: int) -> TaskResult:
+def _text(before: Stack, after: Stack, data: TextData, seed: int, progress: bool) -> tuple[TextResult, Paired]:
+    """One more text, as much of it as it takes."""
+    stop = Stop(TOLERANCE)
+    found = compare_on(before, after, data, stop=stop, progress=progress)
+    change, positions = loss_change(found, len(data), stop, seed), found.positions_N
+    result = TextResult(found.before.perplexity, found.after.perplexity, change,
+                        ratio_interval(found.kl_N, positions, seed=seed),
+                        ratio_interval(found.same_N, positions, seed=seed), int(positions.sum()))
+    return result, Paired.of(change, TOLERANCE, len(positions), len(data))
+
+
+def _task(before: Stack, after: Stack, task: MultipleChoice, seed: int, progress: bool) -> tuple[TaskResult, Paired]:
     if before.tokenizer is None:
         raise BadData(
             f"the task {task.name} for {before.name}, which has no tokenizer",
             expected="a model with a tokenizer",
             do="open the model's folder, or leave the task out",
         )
-    a = accuracy(scorer(predictions_of(before)), task, before.tokenizer)
-    b = accuracy(scorer(predictions_of(after)), task, before.tokenizer)
-    return TaskResult(a.value, b.value, a.change(b, seed=seed), task.chance)
+    stop = Stop(POINTS)
+    a, b = answers(before, after, task, before.tokenizer, stop, progress)
+    change = accuracy_change(a, b, len(task), stop, seed)
+    return TaskResult(a.value, b.value, change, task.chance), Paired.of(change, POINTS, len(a.correct_N), len(task))
+
+
+def _default_tasks(before: Stack, seed: int) -> list[MultipleChoice]:
+    """Questions from the default text, of which all options fit the model; none without a tokenizer."""
+    tokenizer = before.tokenizer
+    if tokenizer is None:
+        return []
+    from layerwise.data import TASKS
+
+    task: MultipleChoice = TASKS["next-sentence"]()
+    encode, room = encoder(tokenizer), before.spec.context
+    fit = [item for item in task.items if max(len(encode(item.prompt + option)) for option in item.options) <= room]
+    return [replace(task, items=tuple(fit)).take(QUESTIONS, seed)] if len(fit) >= AT_ONCE else []
+
+
+def _default_texts(before: Stack, first: TextData) -> list[TextData]:
+    """One more text of another kind, for a model with a tokenizer."""
+    if before.tokenizer is None:
+        return []
+    return [verification_text(before, name) for name in (OTHER,) if name != first.source.where]
 
 
 def _notes(data: TextData) -> Iterable[str]:

@@ -1,8 +1,9 @@
 """Packed matrices that can be trained without a byte more: codes stay, scales and zeros move.
 
-The forward pass multiplies with exactly what will be stored: scales rounded to bfloat16, whose gradient passes the
-rounding unchanged. What is trained is relative, `scale = scale_before * (1 + gain)` and
-`zero = zero_before + scale_before * shift`, so that one learning rate suits matrices of any magnitude.
+The forward pass multiplies with exactly what will be stored: scales rounded to bfloat16 or, where the format stores
+them as small integers, to steps of their row's number, which stays. The gradient passes the rounding unchanged. What
+is trained is relative, `scale = scale_before * (1 + gain)` and `zero = zero_before + scale_before * shift`, so that
+one learning rate suits matrices of any magnitude.
 Sources: Chen et al., EfficientQAT, 2024 (arXiv 2407.11062), whose second phase trains the scales of fixed codes;
 the straight-through rounding of Bengio et al. 2013 (arXiv 1308.3432).
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.nets.packed import PackedLinear
+from layerwise.nets.row_scales import nearest_value, steps_of
 
 
 class ScaledLinear(nn.Module):
@@ -31,6 +33,8 @@ class ScaledLinear(nn.Module):
         self.register_buffer("codes", (codes_OI.to(torch.int16) - middle).to(torch.int8), persistent=False)
         self.register_buffer("scale", packed.scale.float(), persistent=False)
         self.register_buffer("zero", None if packed.zero is None else packed.zero.float(), persistent=False)
+        self.register_buffer("scale_row", self._row(packed.scale, signed=False), persistent=False)
+        self.register_buffer("zero_row", self._row(packed.zero, signed=True), persistent=False)
         self.gain = nn.Parameter(torch.zeros_like(packed.scale, dtype=torch.float32))
         self.shift = None if packed.zero is None else nn.Parameter(torch.zeros_like(self.gain))
         self.bias = None if packed.bias is None else nn.Parameter(packed.bias.detach().float())
@@ -38,6 +42,8 @@ class ScaledLinear(nn.Module):
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    scale_row: Tensor | None
+    zero_row: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         zero_OG = self._zero()
@@ -54,12 +60,24 @@ class ScaledLinear(nn.Module):
                                        None if zero_OG is None else zero_OG.detach(), self.format, bias)
 
     def _scale(self) -> Tensor:
-        return _as_stored(self.scale * (1 + self.gain))
+        return self._as_stored(self.scale * (1 + self.gain), self.scale_row, signed=False)
 
     def _zero(self) -> Tensor | None:
         if self.zero is None or self.shift is None:
             return None
-        return _as_stored(self.zero + self.scale * self.shift)
+        return self._as_stored(self.zero + self.scale * self.shift, self.zero_row, signed=True)
+
+    def _row(self, values_OG: Tensor | None, signed: bool) -> Tensor | None:
+        """The number of each row in whose steps the format stores values, [O]; None where it stores bfloat16."""
+        bits = self.format.scale_bits
+        return None if values_OG is None or bits == 16 else steps_of(values_OG, bits, signed)[1]
+
+    def _as_stored(self, values_OG: Tensor, row_O: Tensor | None, signed: bool) -> Tensor:
+        """Rounded as the format stores it; the gradient is that of the values."""
+        exact_OG = values_OG.detach()
+        near_OG = exact_OG.bfloat16().float() if row_O is None else nearest_value(
+            exact_OG.T, row_O, self.format.scale_bits, signed).T
+        return values_OG + (near_OG - exact_OG)
 
 
 class _Product(torch.autograd.Function):
@@ -90,11 +108,6 @@ def _dense(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, x: Tensor
     if zero_OG is not None:
         w_OGg = w_OGg + zero_OG[..., None]
     return w_OGg.view_as(codes_OI)[:, : x.shape[-1]].to(x.dtype)
-
-
-def _as_stored(x: Tensor) -> Tensor:
-    """Rounded to bfloat16; the gradient is that of `x`."""
-    return x + (x.to(torch.bfloat16).to(x.dtype) - x).detach()
 
 
 def trainable_scales(model: nn.Module) -> list[str]:

@@ -166,7 +166,7 @@ def test_a_mixture_of_experts_is_healed_in_its_last_layers(tokens_NT: Tensor) ->
     assert losses[-1] < losses[0] and changed(stack, healed) >= {"norm.weight", "head.weight"}
 
 
-def test_a_packed_stack_is_refused(stack: DecoderStack, tokens_NT: Tensor) -> None:
+def test_adapters_on_packed_matrices_are_refused(stack: DecoderStack, tokens_NT: Tensor) -> None:
     packed = lw.apply(stack, lw.Plan(stack.spec.fingerprint(), 4, (Edit(0, "quantize", {"bits": 8}),)))
     with pytest.raises(BadOption, match="packed"):
         heal(packed, tokens_NT, Lora())

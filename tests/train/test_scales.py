@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Format
-from layerwise.train.scales import ScaledLinear, _as_stored, _Product, packed_again, trainable_scales
+from layerwise.train.scales import ScaledLinear, _Product, packed_again, trainable_scales
 from layerwise.transform.rounding import round_to_nearest
 
-FORMATS = ["4/16", "3/16=", "8/row=", "2/32", "5/row", "4/24"]
+FORMATS = ["4/16", "3/16=", "8/row=", "2/32", "5/row", "4/24", "3/16s6", "4/16=s4"]
 
 
 def packed(label: str, inputs: int = 32, bias: bool = False) -> PackedLinear:
@@ -61,12 +61,12 @@ def test_gradients_are_those_of_the_product(symmetric: bool) -> None:
     assert torch.autograd.gradcheck(_Product.apply, inputs)
 
 
-def test_rounding_as_stored_passes_the_gradient_on() -> None:
-    x = torch.tensor([1.001, -0.3333], requires_grad=True)
-    y = _as_stored(x)
-    assert torch.equal(y, x.detach().bfloat16().float())
-    y.sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, torch.ones(2))
+@pytest.mark.parametrize("label", ["4/16", "4/16s6"])
+def test_rounding_as_stored_passes_the_gradient_on(label: str) -> None:
+    scaled = ScaledLinear(packed(label))
+    values = (scaled.scale * 1.01).requires_grad_()
+    scaled._as_stored(values, scaled.scale_row, signed=False).sum().backward()
+    assert values.grad is not None and torch.equal(values.grad, torch.ones_like(values))
 
 
 def test_layers_are_exchanged_in_place_and_back(x: Tensor) -> None:
