@@ -17,6 +17,7 @@ from layerwise.report.run import Run
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.open import open
+from layerwise.train.checkpoint import Checkpoint
 from layerwise.train.duration import Duration
 from layerwise.train.heal import Healed, defaults, distil
 from layerwise.train.healing import Healing
@@ -44,6 +45,7 @@ def heal_in(run: Run, stack: DecoderStack, model: Path, plan: Plan, calibration:
         healed.stack.save(path)
 
     folder = run.step("healed", produce, file="healed", save=save, load=lambda path: path)
+    Checkpoint(run.path("healing"), "").remove()
     tell(str(load_healing(run.path("healing.json"))))
     return folder
 

@@ -231,7 +231,7 @@ def _clear(folder: Path) -> None:
     except BadFile:
         record = {}
     files = {step["file"] for step in record.get("steps", {}).values()}
-    files |= {"scores.parquet", "plan.json", "model", "report.html", "log.txt"}
+    files |= {"scores.parquet", "plan.json", "model", "healing", "healing.json", "report.html", "log.txt"}
     for name in [*sorted(files), "run.json"]:
         path = folder / name
         if path.is_dir():

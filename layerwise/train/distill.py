@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from layerwise.data.batch import slices
 from layerwise.data.metrics import CHUNK
 from layerwise.errors import BadOption
+from layerwise.stack.base import State
 from layerwise.stack.decoder import DecoderStack
 
 SPREAD = 4
@@ -67,20 +68,11 @@ class Teacher:
                             do="give the layers that were kept")
         self.stack, self.tokens_NT, self.kept = stack, tokens_NT, list(kept)
         self.pairs = paired(len(stack), kept) if pairs is None else list(pairs)
-        self._answers: dict[int, list[Tensor]] = {}
-        self._room = memory
+        self._answers = Store(self._ask, memory)
 
-    @torch.no_grad()
     def __call__(self, rows: Sequence[int]) -> Targets:
         """What the original says about blocks `rows`, in its own dtype."""
-        missing = [row for row in dict.fromkeys(rows) if row not in self._answers]
-        new = dict(zip(missing, zip(*self._ask(missing), strict=True), strict=True)) if missing else {}
-        answers = [self._answers.get(row) or new[row] for row in rows]
-        for row, answer in new.items():
-            size = sum(part.nbytes for part in answer)
-            if size <= self._room:
-                self._answers[row], self._room = [part.clone() for part in answer], self._room - size
-        final_BTC, *states = (torch.stack(parts) for parts in zip(*answers, strict=True))
+        final_BTC, *states = self._answers(rows)
         return Targets(final_BTC, tuple(states))
 
     def _ask(self, rows: list[int]) -> list[Tensor]:
@@ -90,6 +82,29 @@ class Teacher:
             state = self.stack.run(state, slice(None, self.kept[pair] + 1))
             states.append(state.hidden)
         return [self.stack.run(state).hidden, *states]
+
+
+class Store:
+    """Tensors of a block by its index, worked out by `ask` (rows to tensors [B, ...]) the first time.
+
+    They are kept up to `memory` bytes; what finds no room is worked out again every time.
+    """
+
+    def __init__(self, ask: Callable[[list[int]], list[Tensor]], memory: int) -> None:
+        self._ask, self._room = ask, memory
+        self._found: dict[int, tuple[Tensor, ...]] = {}
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[int]) -> list[Tensor]:
+        """The tensors of `rows`, each [B, ...]."""
+        missing = [row for row in dict.fromkeys(rows) if row not in self._found]
+        new = dict(zip(missing, zip(*self._ask(missing), strict=True), strict=True)) if missing else {}
+        found = [self._found.get(row) or new[row] for row in rows]
+        for row, parts in new.items():
+            size = sum(part.nbytes for part in parts)
+            if size <= self._room:
+                self._found[row], self._room = tuple(part.clone() for part in parts), self._room - size
+        return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
 
 def paired(layers: int, kept: Sequence[int], spread: int = SPREAD) -> list[int]:
@@ -104,21 +119,46 @@ def paired(layers: int, kept: Sequence[int], spread: int = SPREAD) -> list[int]:
     return sorted({index for index in (*beside, *even) if 0 <= index < last})
 
 
-def distillation(teacher: Teacher, weights: Weights) -> Callable[[DecoderStack, Tensor], Tensor]:
-    """The loss of a student on blocks given by their indices, int64 [B, 1]."""
+def distillation(teacher: Teacher, weights: Weights, frozen: int = 0) -> Callable[[DecoderStack, Tensor], Tensor]:
+    """The loss of a student on blocks given by their indices, int64 [B, 1].
+
+    What leaves the first `frozen` layers, of which nothing learns, is worked out once a block and kept like answers.
+    """
+    pairs = [pair for pair in teacher.pairs if pair >= frozen] if weights.hidden else []
+    prefix: Store | None = None
+
+    def started(student: DecoderStack, rows: list[int]) -> State:
+        nonlocal prefix
+        state = student.start(teacher.tokens_NT[rows])
+        if not frozen:
+            return state
+        prefix = prefix or Store(lambda rows: [student.run(student.start(teacher.tokens_NT[rows]),
+                                                           slice(None, frozen)).hidden], MEMORY)
+        return state.moved(prefix(rows)[0], frozen)
 
     def loss(student: DecoderStack, rows_B1: Tensor) -> Tensor:
         rows: list[int] = rows_B1[:, 0].tolist()
-        tokens_BT, targets = teacher.tokens_NT[rows], teacher(rows)
-        state, distances = student.start(tokens_BT), []
-        for pair, target_BTC in zip(teacher.pairs if weights.hidden else (), targets.states, strict=False):
+        targets, state, distances = teacher(rows), started(student, rows), []
+        wanted = dict(zip(teacher.pairs, targets.states, strict=True))
+        for pair in pairs:
             state = student.run(state, slice(None, pair + 1))
-            distances.append(distance(state.hidden, target_BTC))
+            distances.append(distance(state.hidden, wanted[pair]))
         final_BTC = student.run(state).hidden
-        total = predictions_loss(student, final_BTC, teacher.stack, targets.final_BTC, tokens_BT, weights)
+        total = predictions_loss(student, final_BTC, teacher.stack, targets.final_BTC, teacher.tokens_NT[rows], weights)
         return total + weights.hidden * torch.stack(distances).mean() if distances else total
 
     return loss
+
+
+def frozen_layers(student: DecoderStack) -> int:
+    """How many of the first layers have nothing that learns, and leave nothing to later layers but their states."""
+    decoder = student.decoder
+    first = [decoder.embedding, *([decoder.positions] if decoder.positions else [])]
+    if student.spec.sources or any(parameter.requires_grad for module in first for parameter in module.parameters()):
+        return 0
+    learns = [any(parameter.requires_grad for parameter in student.block(layer).parameters())
+              for layer in range(len(student))]
+    return learns.index(True) if True in learns else len(learns)
 
 
 def distance(states_BTC: Tensor, target_BTC: Tensor) -> Tensor:

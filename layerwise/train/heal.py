@@ -16,7 +16,7 @@ from layerwise.errors import BadData
 from layerwise.measure.identity import identity
 from layerwise.stack.decoder import DecoderStack
 from layerwise.train.checkpoint import Checkpoint, digest
-from layerwise.train.distill import Teacher, Weights, distillation
+from layerwise.train.distill import Teacher, Weights, distillation, frozen_layers
 from layerwise.train.duration import Duration
 from layerwise.train.healing import Healing
 from layerwise.train.loop import AfterStep, Best, Clock, Recipe, train
@@ -105,7 +105,7 @@ def distil(
     clock.reserve = 2 * (time.monotonic() - began)
     with _seeded(stack, recipe.seed):
         student = prepared(stack, method)
-        step, parameters = distillation(lesson, weights), _trainable(student)
+        step, parameters = distillation(lesson, weights, frozen_layers(student)), _trainable(student)
 
         def loss(rows_B1: Tensor) -> Tensor:
             with _half(stack):

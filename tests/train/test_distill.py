@@ -12,7 +12,7 @@ from layerwise.errors import BadOption
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
 from layerwise.train import distill
-from layerwise.train.distill import Teacher, Weights, distance, distillation, in_chunks, paired
+from layerwise.train.distill import Teacher, Weights, distance, distillation, frozen_layers, in_chunks, paired
 
 KEPT = [0, 1, 3, 4]
 
@@ -95,8 +95,8 @@ def test_answers_are_kept_while_there_is_room(original: DecoderStack, tokens_NT:
     asked: list[list[int]] = []
     one = 10 * 32 * 4 * 3
     teacher = Teacher(original, tokens_NT, KEPT, pairs=[0, 2], memory=2 * one)
-    ask = teacher._ask
-    monkeypatch.setattr(teacher, "_ask", lambda rows: asked.append(rows) or ask(rows))
+    ask = teacher._answers._ask
+    monkeypatch.setattr(teacher._answers, "_ask", lambda rows: asked.append(rows) or ask(rows))
     first = teacher([0, 1])
     teacher([2])
     again = teacher([1, 2, 0])
@@ -140,3 +140,24 @@ def test_the_loss_in_chunks_trains_head_and_norm_too(original: DecoderStack, stu
     expected = torch.autograd.grad((p_BTV.exp() * (p_BTV - q_BTV)).sum(-1).mean(), parameters)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_layers_that_do_not_learn_run_once_a_block(original: DecoderStack, student: DecoderStack,
+                                                   tokens_NT: Tensor) -> None:
+    trained = student.copied(torch.float32)
+    assert frozen_layers(trained) == 4
+    for parameter in trained.block(2).parameters():
+        parameter.requires_grad_(True)
+    assert frozen_layers(trained) == 2
+    teacher = Teacher(original, tokens_NT, KEPT, pairs=[2])
+    plain, kept = distillation(teacher, Weights()), distillation(teacher, Weights(), frozen=2)
+    parameters = list(trained.block(2).parameters())
+    for _ in range(2):
+        losses = [loss(trained, ROWS) for loss in (plain, kept)]
+        assert losses[0].item() == losses[1].item()
+        for ours, theirs in zip(*(torch.autograd.grad(loss, parameters) for loss in losses), strict=True):
+            assert torch.equal(ours, theirs)
+    with trained.edit(0, "output", torch.zeros_like):
+        assert kept(trained, ROWS).item() == losses[1].item() != plain(trained, ROWS).item()
+    trained.decoder.embedding.requires_grad_(True)
+    assert frozen_layers(trained) == 0
