@@ -69,6 +69,8 @@ def said(console: Console) -> Iterator[str]:
 
 def reply(talk: Talk, text: str, console: Console) -> None:
     """Show the answer while it is written."""
+    from layerwise.serve.request import TooLong
+
     began = time.perf_counter()
     pieces = talk.say(text)
     try:
@@ -76,6 +78,9 @@ def reply(talk: Talk, text: str, console: Console) -> None:
             console.print(piece, end="", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         pieces.close()
+    except TooLong as error:
+        console.print(f"{error.given}; {error.do}: {error.expected}", style="red", markup=False)
+        return
     console.print()
     if talk.forgotten:
         console.print(f"({talk.forgotten} earlier turns no longer fit and are forgotten)", style="dim")

@@ -15,7 +15,7 @@ Given = Annotated[
     str | None,
     typer.Argument(metavar="[MODEL]", help="Check this model's files and weights too.", autocompletion=demo_names),
 ]
-EXTRAS = {"peft": "peft", "datasets": "datasets", "images": "PIL"}
+EXTRAS = {"peft": "peft", "datasets": "datasets", "images": "PIL", "serve": "fastapi", "eval": "lm_eval"}
 
 
 def doctor(model: Given = None, as_json: Json = False) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from layerwise.cli.options import Json, Model
 from layerwise.cli.screen import Screen
+from layerwise.errors import BadOption, MissingExtra
+
+if TYPE_CHECKING:
+    from layerwise.serve.background import AsyncEngine
+    from layerwise.serve.service import Service
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def serve(
@@ -18,6 +25,9 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", envvar="LAYERWISE_API_KEY", show_envvar=True, help="What clients must show."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as stored.")
     ] = None,
     running: Annotated[int, typer.Option("--running", help="Requests at once.", min=1)] = 64,
     waiting: Annotated[int, typer.Option("--waiting", help="Requests in the queue; more get 429.", min=1)] = 1024,
@@ -35,23 +45,34 @@ def serve(
 
     Ends on Ctrl-C or SIGTERM, after the running requests.
     """
+    from contextlib import closing
+
     from layerwise.serve.run import bind, run
 
     screen = Screen(as_json)
-    bound = bind(host, port)
-    screen.tell(f"opening {model}")
-    from layerwise.serve.background import AsyncEngine
-    from layerwise.serve.engine import Engine
-    from layerwise.stack.open import open
+    if dtype not in (None, *DTYPES):
+        raise BadOption(f"--dtype {dtype}", expected=f"one of {', '.join(DTYPES)}",
+                        do="leave it out to keep the stored one")
+    with closing(bind(host, port)) as bound:
+        screen.tell(f"opening {model}")
+        from layerwise.serve.background import AsyncEngine
+        from layerwise.serve.engine import Engine
+        from layerwise.stack.open import open
 
-    stack = open(model)
-    engine = Engine(stack, running=running, waiting=waiting, cache_tokens=cache_tokens, prefix_cache=prefix_cache)
-    from layerwise.serve.service import Bounds, Service
-
-    service = Service(AsyncEngine(engine), name or stack.name, Bounds(max_body, max_prompt, seconds=seconds))
-    host, port = bound.getsockname()[:2]
-    where = f"http://{host}:{port}"
-    run(service, bound, key=api_key or None, grace=grace,
-        ready=lambda: screen.tell(f"serving {service.name} on {where} (page) and {where}/v1 (OpenAI)"))
+        stack = open(model, dtype=dtype)
+        engine = Engine(stack, running=running, waiting=waiting, cache_tokens=cache_tokens, prefix_cache=prefix_cache)
+        service = _service(AsyncEngine(engine), name or stack.name, max_body, max_prompt, seconds)
+        host, port = bound.getsockname()[:2]
+        where = f"http://{host}:{port}"
+        run(service, bound, key=api_key or None, grace=grace,
+            ready=lambda: screen.tell(f"serving {service.name} on {where} (page) and {where}/v1 (OpenAI)"))
     screen.tell("stopped")
     screen.finish({"model": service.name, "url": where, **engine.metrics()})
+
+
+def _service(engine: AsyncEngine, name: str, body: int, prompt: int | None, seconds: float) -> Service:
+    try:
+        from layerwise.serve.service import Bounds, Service
+    except ImportError as error:
+        raise MissingExtra(error.name or "pydantic", "serve", "serving") from error
+    return Service(engine, name, Bounds(body, prompt, seconds))

@@ -87,3 +87,18 @@ def test_an_address_in_use_is_told_before_the_model_is_read(
         main(["serve", "nowhere", "--port", str(served.port)])
     assert end.value.code == 2 and f":{served.port}" in capsys.readouterr().err.splitlines()[0]
     assert urllib.request.urlopen(f"{served.url}/health", timeout=10).status == 200
+
+
+def test_a_missing_package_names_the_extra(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from layerwise.cli import main
+
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit) as end:
+        main(["serve", str(tiny_folder), "--port", "0"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "'uvicorn'" in said and "pip install 'layerwise[serve]'" in said
+    with pytest.raises(SystemExit):
+        main(["serve", str(tiny_folder), "--port", "0", "--dtype", "int3"])
+    assert "--dtype int3" in capsys.readouterr().err

@@ -1,0 +1,67 @@
+"""Conversations in the terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from layerwise.cli import main
+from layerwise.errors import BadData
+from layerwise.serve.engine import Engine
+from layerwise.serve.request import Params
+from layerwise.serve.talk import Talk
+from layerwise.stack.decoder import DecoderStack
+
+
+def talk(stack: DecoderStack, tokens: int = 8, system: str | None = None) -> Talk:
+    return Talk(Engine(stack, running=1, cache_tokens=2048), Params(max_tokens=tokens), system)
+
+
+def test_an_answer_sees_the_turns_before_it(talker: DecoderStack) -> None:
+    one = talk(talker, system="s")
+    first, second = "".join(one.say("hi")), "".join(one.say("more"))
+    roles = [message["role"] for message in one.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant"] and one.written == 8
+    prompt = f"[system]s\n[user]hi\n[assistant]{first}\n[user]more\n[assistant]"
+    [expected] = Engine(talker, cache_tokens=1024).generate([prompt], Params(max_tokens=8))
+    assert second == expected.text
+    one.clear()
+    assert [message["role"] for message in one.messages] == ["system"]
+    assert "".join(one.say("hi")) == first
+
+
+def test_an_interrupted_answer_stays_as_far_as_it_came(talker: DecoderStack) -> None:
+    one = talk(talker, 100)
+    pieces = one.say("hi")
+    shown = next(pieces) + next(pieces)
+    pieces.close()
+    assert one.messages[-1] == {"role": "assistant", "content": shown}
+    assert not one.engine.busy
+    assert "".join(one.say("and?"))
+    one.engine.check_integrity()
+
+
+def test_turns_that_no_longer_fit_are_forgotten(talker: DecoderStack) -> None:
+    one = talk(talker, 40, system="s")
+    for _ in range(4):
+        "".join(one.say("a" * 60))
+    assert one.forgotten >= 2 and len(one.messages) == 9
+    with pytest.raises(BadData, match="408"):
+        list(one.say("a" * 380))
+    assert len(one.messages) == 9 and "".join(one.say("b"))
+
+
+def test_the_command_answers_piped_lines(
+    tiny_folder: object, talker: DecoderStack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\n/clear\nhi\n/exit\nnever\n"))
+    with pytest.raises(SystemExit) as end:
+        main(["chat", str(tiny_folder), "-t", "0", "-n", "6", "--json"])
+    assert not end.value.code
+    said = capsys.readouterr()
+    messages = json.loads(said.out)["messages"]
+    expected = "".join(talk(talker, 6).say("hi"))
+    assert messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": expected}]
+    assert said.err.count("> hi") == 2 and "6 tokens" in said.err and "never" not in said.err
