@@ -29,7 +29,7 @@ AT_A_TIME = 512
 """Requests that are scored together; the log-probabilities of their tokens are in memory at once."""
 
 
-@register_model("layerwise")  # type: ignore[untyped-decorator]
+@register_model("layerwise")
 class EngineLM(TemplateLM):  # type: ignore[misc]
     """`pretrained` is a stack, or what `open` takes; `max_gen_toks` bounds answers that no task bounds.
 
@@ -142,5 +142,6 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return Params(
             max_tokens=int(given.get("max_gen_toks", self.max_gen_toks)),
             temperature=float(given.get("temperature", 1.0)) if sampled else 0.0,
-            top_p=float(given.get("top_p", 1.0)), top_k=int(given.get("top_k", 0)), min_p=float(given.get("min_p", 0.0)),
-            stop=tuple(stop for stop in stops if stop), stop_ids=self.stops, seed=int(given.get("seed", 0)))
+            top_p=float(given.get("top_p", 1.0)), top_k=int(given.get("top_k", 0)),
+            min_p=float(given.get("min_p", 0.0)), seed=int(given.get("seed", 0)),
+            stop=tuple(stop for stop in stops if stop), stop_ids=self.stops)

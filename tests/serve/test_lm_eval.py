@@ -91,8 +91,9 @@ def test_a_task_in_memory_has_the_accuracy_of_our_own_scorer(
             "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test", "doc_to_text": "{{q}}",
             "doc_to_choice": "{{o}}", "doc_to_target": "{{a}}", "target_delimiter": "",
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
-    found = lm_eval.simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0, task_manager=TaskManager(include_defaults=False),
-                                    random_seed=None, numpy_random_seed=None, torch_random_seed=None)
+    found = lm_eval.simple_evaluate(
+        model=lm, tasks=[task], bootstrap_iters=0, task_manager=TaskManager(include_defaults=False),
+        random_seed=None, numpy_random_seed=None, torch_random_seed=None)
     ours = accuracy(scorer(talker), MultipleChoice("tiny", ITEMS, "memory"), talker.tokenizer)
     assert found["results"]["tiny-choices"]["acc,none"] == ours.value
 
