@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import spec
+from layerwise.nets.dense import Dense
 from layerwise.nets.flow import Flow
 from layerwise.nets.norms import build_norm
 
@@ -30,7 +31,7 @@ class Attention(nn.Module):
         self.spec = attention
         biased = {"q": attention.qkv_bias, "k": attention.qkv_bias, "v": attention.qkv_bias, "o": attention.out_bias}
         for name, (outputs, inputs) in attention.matrices(hidden).items():
-            self.add_module(name, nn.Linear(inputs, outputs, bias=biased[name]))
+            self.add_module(name, Dense(inputs, outputs, bias=biased[name]))
         if attention.qk_norm:
             self.q_norm = build_norm(norm, attention.head_dim)
             if attention.shares is None:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.nets.attention import Attention
+from layerwise.nets.dense import linear
 from layerwise.nets.factored import Matrix, build_linear
 from layerwise.nets.feed_forward import build_feed_forward
 from layerwise.nets.flow import Flow
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         """Final norm and head, [B, T, V]."""
         x_BTC = self.norm(x_BTC)
         table = self.embedding if self.head is None else self.head
-        logits = F.linear(x_BTC, table.weight) if isinstance(table, nn.Embedding) else table.logits(x_BTC)
+        logits = linear(x_BTC, table.weight) if isinstance(table, nn.Embedding) else table.logits(x_BTC)
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from layerwise.nets.dense import Dense
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Format
 
@@ -66,4 +67,4 @@ def build_linear(outputs: int, inputs: int, bias: bool, format: Format | None = 
 
 
 def _factor(outputs: int, inputs: int, bias: bool, format: Format | None) -> Factor:
-    return PackedLinear.empty(outputs, inputs, format, bias) if format else nn.Linear(inputs, outputs, bias)
+    return PackedLinear.empty(outputs, inputs, format, bias) if format else Dense(inputs, outputs, bias)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise import spec
+from layerwise.nets.dense import Dense, linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -36,7 +37,7 @@ class FeedForward(nn.Module):
         self.spec = feed_forward
         self.act = ACTIVATIONS[feed_forward.activation]
         for name, (outputs, inputs) in feed_forward.matrices(hidden).items():
-            self.add_module(name, nn.Linear(inputs, outputs, bias=feed_forward.bias))
+            self.add_module(name, Dense(inputs, outputs, bias=feed_forward.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.spec.gated:
@@ -58,9 +59,9 @@ class Experts(nn.Module):
         super().__init__()
         self.spec = feed_forward
         self.act = ACTIVATIONS[feed_forward.activation]
-        self.router = nn.Linear(hidden, feed_forward.experts, bias=False)
+        self.router = Dense(hidden, feed_forward.experts, bias=False)
         for name, (outputs, inputs) in feed_forward.matrices(hidden).items():
-            self.add_module(name, nn.Linear(inputs, outputs, bias=False))
+            self.add_module(name, Dense(inputs, outputs, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         x_NC = x.reshape(-1, x.shape[-1])
@@ -77,7 +78,7 @@ class Experts(nn.Module):
 
     def _expert(self, x_NC: Tensor, expert: int) -> Tensor:
         gate, up, down = (self._weight(name, expert, x_NC.dtype) for name in ("gate", "up", "down"))
-        return F.linear(self.act(F.linear(x_NC, gate)) * F.linear(x_NC, up), down)
+        return linear(self.act(linear(x_NC, gate)) * linear(x_NC, up), down)
 
     def _weight(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
         matrix = getattr(self, name)

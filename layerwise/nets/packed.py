@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.nets.bits import pack, stored_bytes, unpack
+from layerwise.nets.dense import linear
 from layerwise.nets.int4 import Int4Matrix, digits
 from layerwise.nets.row_scales import steps_of, values_of
 from layerwise.spec import Format
@@ -89,7 +90,7 @@ class PackedMatrix(nn.Module):
         x_MI = x.reshape(-1, self.in_features)
         y_MO = self._kernel(x_MI)
         if y_MO is None:
-            y_MO = F.linear(x_MI, self.dense(x.dtype))
+            y_MO = linear(x_MI, self.dense(x.dtype))
         return y_MO.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

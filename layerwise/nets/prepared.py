@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from layerwise.nets.attention import Attention
 from layerwise.nets.decoder import Block, Branch, shallow
+from layerwise.nets.dense import Dense
 from layerwise.nets.feed_forward import Experts, FeedForward
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedLinear
@@ -81,7 +82,7 @@ def prepare_norm(norm: nn.Module) -> nn.Module:
 
 def prepare_linear(linear: nn.Module) -> nn.Module:
     """The layer itself, or one in a better layout."""
-    if type(linear) is nn.Linear and PrepackedLinear.fits(linear.weight):
+    if isinstance(linear, Dense) and PrepackedLinear.fits(linear.weight):
         return PrepackedLinear(linear.weight, linear.bias)
     return linear
 
@@ -121,9 +122,9 @@ def _stacked(layers: list[nn.Module]) -> nn.Module | None:
     if len({bias is None for bias in biases}) > 1:
         return None
     bias_O = None if biases[0] is None else torch.cat([bias for bias in biases if isinstance(bias, Tensor)])
-    if all(type(layer) is nn.Linear for layer in layers):
+    if all(isinstance(layer, Dense) for layer in layers):
         weight_OI = torch.cat([layer.weight for layer in layers])  # type: ignore[misc]
-        joined = nn.Linear(1, 1, bias=bias_O is not None)
+        joined = Dense(1, 1, bias=bias_O is not None)
         joined.out_features, joined.in_features = weight_OI.shape
         joined.weight = nn.Parameter(weight_OI, requires_grad=False)
         joined.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
