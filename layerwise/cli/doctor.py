@@ -41,6 +41,7 @@ def environment() -> dict[str, object]:
     import torch
 
     from layerwise.io.places import cache_folder
+    from layerwise.nets.dense import SLOW
     from layerwise.report.machine import machine, versions
 
     cache = cache_folder()
@@ -48,20 +49,13 @@ def environment() -> dict[str, object]:
     return {
         **versions(),
         **machine(),
-        "bfloat16 kernels": bf16_kernels(),
+        "bfloat16 kernels": torch.bfloat16 not in SLOW,
         "interpreter": sys.executable,
         "cache": str(cache),
         "disk_free_bytes": shutil.disk_usage(place).free,
         "extras": {extra: find_spec(package) is not None for extra, package in EXTRAS.items()},
         "torch threads": torch.get_num_threads(),
     }
-
-
-def bf16_kernels() -> bool:
-    """Whether the processor multiplies bfloat16 matrices by itself."""
-    import torch
-
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _examine(model: str, screen: Screen) -> dict[str, object]:
