@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from layerwise.serve.caches import Caches
+from layerwise.serve.placed import placed
 from layerwise.serve.runner import Runner
-from layerwise.serve.sequence import BlockTable, Row
+from layerwise.serve.sequence import Row
 from layerwise.serve.table import Scorer
 
 SINKS = 4
@@ -25,7 +26,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 def recent(k_SKD: Tensor, q_WHD: Tensor) -> Tensor:
     """The last tokens, and the first few, which take up attention that belongs nowhere (arXiv 2309.17453)."""
-    score_S = torch.arange(len(k_SKD), dtype=torch.float32)
+    score_S = torch.arange(len(k_SKD), dtype=torch.float32, device=k_SKD.device)
     score_S[:SINKS] = float("inf")
     return score_S
 
@@ -70,15 +71,16 @@ def compact(runner: Runner, caches: Caches, row: Row) -> None:
             continue
         pool = runner.pools[layer]
         assert pool is not None
-        slots_S = _slots(table, total, caches.block)
-        k_SKD = pool.gather(torch.tensor([table.blocks]))[0][0].transpose(0, 1)[:total]
+        blocks_1M = placed([table.blocks], runner.stack.device)
+        slots_S = _slots(blocks_1M[0], total, caches.block)
+        k_SKD = pool.gather(blocks_1M)[0][0].transpose(0, 1)[:total]
         q_WHD = runner.queries_of(row, layer)[-RECENT:] if layer in runner.watched else k_SKD[:0]
         kept = best(SCORES[entry.scorer](k_SKD, q_WHD), entry.tokens, min(RECENT, max(1, entry.tokens // 2)))
         pool.move(slots_S[kept], slots_S[: len(kept)])
         caches.compact(sequence, group, kept)
 
 
-def _slots(table: BlockTable, total: int, block: int) -> Tensor:
+def _slots(blocks_M: Tensor, total: int, block: int) -> Tensor:
     """Places in the pool of the slots 0 to `total`."""
-    place_MB = torch.tensor(table.blocks)[:, None] * block + torch.arange(block)
+    place_MB = blocks_M[:, None] * block + torch.arange(block, device=blocks_M.device)
     return place_MB.flatten()[:total]

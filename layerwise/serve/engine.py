@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from collections.abc import Mapping as Map
 
 import psutil
+import torch
 from torch import Tensor
 
 from layerwise.errors import BadData, BadModel, BadOption
@@ -300,5 +301,7 @@ class Engine:
 
 def _cache_tokens(stack: DecoderStack, table: LayerTable) -> int:
     size = sum(group.token_bytes for group in table.groups)
-    room = int(psutil.virtual_memory().available / 4 / size) if size else MOST_CACHED
+    gpu = stack.device.type == "cuda"
+    free = torch.cuda.mem_get_info(stack.device)[0] if gpu else psutil.virtual_memory().available
+    room = int(free / 4 / size) if size else MOST_CACHED
     return max(min(room, MOST_CACHED), 256)

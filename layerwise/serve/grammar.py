@@ -35,7 +35,7 @@ class JsonGrammar:
         if self._matcher.fill_next_token_bitmask(self._mask_1W):
             if not self._mask_1W.any():
                 raise _nothing_fits()
-            self._apply(logits_V, self._mask_1W[0])
+            self._apply(logits_V, self._mask_1W[0].to(logits_V.device))
 
     def accept(self, token: int) -> bool:
         """Move on; True after the token that ends the text."""

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from layerwise.nets.flow import Flow
 from layerwise.nets.softmax import few_queries, softmax_attention
+from layerwise.serve.placed import placed
 from layerwise.serve.pool import Pair, Pool
 from layerwise.serve.sequence import Row
 from layerwise.serve.table import LayerTable
 from layerwise.spec import Attention
 
 FEW = 16
-"""Up to this many new tokens of a row, two plain products are faster than the fused kernel."""
+"""Up to this many new tokens of a row, two plain products are faster than the fused kernel on a CPU."""
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Bucket:
 
     rows: list[Row]
     tokens: slice
+    device: torch.device
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -43,24 +45,24 @@ class Bucket:
         return max(self.sizes)
 
     @cached_property
-    def padded(self) -> Tensor | None:
-        """Which of R x T places are tokens, bool; None where all are."""
+    def places_n(self) -> Tensor | None:
+        """Which of R x T places are tokens, in order; None where all are."""
         if min(self.sizes) == self.longest:
             return None
-        return torch.arange(self.longest) < torch.tensor(self.sizes)[:, None]
+        places = [row * self.longest + token for row, size in enumerate(self.sizes) for token in range(size)]
+        return placed(places, self.device)
 
     def spread(self, x_nHD: Tensor) -> Tensor:
         """The bucket's tokens as [R, H, T, D], places without a token zero."""
-        if self.padded is None:
-            return x_nHD.view(len(self.rows), self.longest, *x_nHD.shape[1:]).transpose(1, 2)
-        x_RTHD = x_nHD.new_zeros(*self.padded.shape, *x_nHD.shape[1:])
-        x_RTHD[self.padded] = x_nHD
-        return x_RTHD.transpose(1, 2)
+        if self.places_n is not None:
+            places, x_nHD = len(self.rows) * self.longest, x_nHD.contiguous()
+            x_nHD = x_nHD.new_zeros(places, *x_nHD.shape[1:]).index_copy_(0, self.places_n, x_nHD)
+        return x_nHD.view(len(self.rows), self.longest, *x_nHD.shape[1:]).transpose(1, 2)
 
     def packed(self, x_RHTD: Tensor) -> Tensor:
         """The inverse of `spread`, [n, H, D]."""
-        x_RTHD = x_RHTD.transpose(1, 2)
-        return x_RTHD.reshape(-1, *x_RTHD.shape[2:]) if self.padded is None else x_RTHD[self.padded]
+        x_nHD = x_RHTD.transpose(1, 2).flatten(0, 1)
+        return x_nHD if self.places_n is None else x_nHD.index_select(0, self.places_n)
 
 
 class View:
@@ -97,7 +99,7 @@ class View:
         used = [table.blocks[: -(-(start + size) // self.block) - table.first]
                 for start, size, table in zip(self.starts, self.bucket.sizes, self.tables, strict=True)]
         longest = max(map(len, used))
-        return torch.tensor([blocks + [0] * (longest - len(blocks)) for blocks in used])
+        return placed([blocks + [0] * (longest - len(blocks)) for blocks in used], self.bucket.device)
 
     def mask(self, window: int | None, slots: int) -> Tensor | None:
         """Which of the gathered slots each token sees, bool [R, 1, T, S]; None where causal order says it all."""
@@ -114,15 +116,16 @@ class View:
         return self._seen[window]
 
     def _build_mask(self, window: int | None, slots: int, always: bool = False) -> Tensor | None:
-        first_R = torch.tensor([table.first * self.block for table in self.tables])
-        start_R = torch.tensor(self.starts)
         if len(self.tables) == 1 and self.span is not None and not always:
             past = self.starts[0] - self.tables[0].first * self.block
             narrow = window is not None and window < slots
             if not narrow and (past == 0 or self.bucket.longest == 1):
                 return None
-        slot_RS = first_R[:, None] + torch.arange(slots)
-        query_RT1 = (start_R[:, None] + torch.arange(self.bucket.longest))[..., None]
+        device = self.bucket.device
+        first_R = placed([table.first * self.block for table in self.tables], device)
+        slot_RS = first_R[:, None] + torch.arange(slots, device=device)
+        start_R = placed(self.starts, device)
+        query_RT1 = (start_R[:, None] + torch.arange(self.bucket.longest, device=device))[..., None]
         seen_RTS = slot_RS[:, None] <= query_RT1
         if window is not None:
             seen_RTS &= slot_RS[:, None] > query_RT1 - window
@@ -148,14 +151,14 @@ class PagedFlow(Flow):
     def buckets(self) -> list[Bucket]:
         """Neighbouring rows of few tokens whose numbers have as many binary digits; every other row by itself."""
         found: list[Bucket] = []
-        start = 0
+        start, device = 0, self.positions_BT.device
         for row in self.rows:
             stop = start + row.size
             if found and row.size <= FEW and row.size.bit_length() == found[-1].rows[-1].size.bit_length():
                 found[-1].rows.append(row)
                 found[-1].tokens = slice(found[-1].tokens.start, stop)
             else:
-                found.append(Bucket([row], slice(start, stop)))
+                found.append(Bucket([row], slice(start, stop), device))
             start = stop
         return found
 
@@ -183,7 +186,8 @@ class PagedFlow(Flow):
     def _group(self, group: int) -> tuple[list[View], Tensor]:
         if group not in self._views:
             views = [View(bucket, group, self.block) for bucket in self.buckets]
-            self._views[group] = views, torch.tensor([slot for view in views for slot in view.slots()])
+            slots = [slot for view in views for slot in view.slots()]
+            self._views[group] = views, placed(slots, self.positions_BT.device)
         return self._views[group]
 
 
@@ -195,6 +199,6 @@ def _attend(view: View, pool: Pool, q_RHTD: Tensor, fresh: Pair | None, a: Atten
         return softmax_attention(q_RHTD, k, v, None, a)
     k, v = pool.span(*view.span) if view.span is not None else pool.gather(view.blocks_RM)
     slots = k.shape[2]
-    if bucket.longest <= FEW and (len(bucket.rows) > 1 or bucket.longest > 1):
+    if bucket.longest <= FEW and (len(bucket.rows) > 1 or bucket.longest > 1) and bucket.device.type == "cpu":
         return few_queries(q_RHTD, k, v, view.seen(a.window, slots, q_RHTD.dtype), a)
     return softmax_attention(q_RHTD, k, v, view.mask(a.window, slots), a)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.serve.paged import PagedFlow
+from layerwise.serve.placed import placed
 from layerwise.serve.plan import Entry
 from layerwise.serve.pool import Int8Pool, Pool
 from layerwise.serve.sequence import Row, Sequence
@@ -71,21 +72,21 @@ class Runner:
         return flow.queries[layer][start : start + row.size]
 
     def _flow(self, rows: list[Row]) -> PagedFlow:
-        positions = torch.tensor([position for row in rows for position in range(row.start, row.start + row.size)])
-        return PagedFlow(positions[None], dtype=self.stack.dtype, rows=rows, table=self.table, pools=self.pools,
-                         block=self.block, watched=self.watched)
+        positions = [position for row in rows for position in range(row.start, row.start + row.size)]
+        return PagedFlow(placed([positions], self.stack.device), dtype=self.stack.dtype, rows=rows, table=self.table,
+                         pools=self.pools, block=self.block, watched=self.watched)
 
     def _enter(self, rows: Many[Row], entry: Entry, hidden: dict[int, Tensor], flow: PagedFlow) -> Tensor:
         """Hidden states of the entry's rows as they enter its first layer, [1, N, C]."""
         if all(index not in hidden and rows[index].layers.start == 0 for index in entry.rows):
             tokens = [token for index in entry.rows for token in rows[index].tokens]
-            return self.stack.decoder.embed(torch.tensor([tokens]), flow)
+            return self.stack.decoder.embed(placed([tokens], self.stack.device), flow)
         parts = []
         for index in entry.rows:
             row = rows[index]
             if index not in hidden:
                 hidden[index] = (self.frontiers.pop(row.sequence) if row.layers.start else
-                                 self.stack.decoder.embed(torch.tensor([row.tokens]), self._flow([row])))
+                                 self.stack.decoder.embed(placed([row.tokens], self.stack.device), self._flow([row])))
             parts.append(hidden[index])
         return torch.cat(parts, 1)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerwise.serve.placed import placed
 from layerwise.serve.request import Params, TokenLogprob
 
 MASK = (1 << 64) - 1
@@ -61,18 +62,19 @@ def sample(logits_PV: Tensor, positions: Many[Position]) -> list[int]:
 
 def adjust(logits_V: Tensor, position: Position) -> None:
     """Penalties, biases and grammar, in place (the order of the OpenAI and Hugging Face definitions)."""
-    params = position.params
+    params, device = position.params, logits_V.device
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(position.tokens)))
+        seen = placed(sorted(set(position.tokens)), device)
         values = logits_V[seen]
         logits_V[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
         counts = Counter(position.tokens[position.prompt :])
         if counts:
-            said = torch.tensor(list(counts))
-            logits_V[said] -= torch.tensor(list(counts.values())) * params.frequency_penalty + params.presence_penalty
+            times = placed(list(counts.values()), device)
+            logits_V[placed(list(counts), device)] -= times * params.frequency_penalty + params.presence_penalty
     if params.logit_bias:
-        logits_V[torch.tensor(list(params.logit_bias))] += torch.tensor(list(params.logit_bias.values()))
+        bias = placed(list(params.logit_bias.values()), device, torch.float32)
+        logits_V[placed(list(params.logit_bias), device)] += bias
     if params.grammar is not None:
         params.grammar.mask(logits_V)
 
@@ -80,7 +82,7 @@ def adjust(logits_V: Tensor, position: Position) -> None:
 def probabilities(logits_PV: Tensor, positions: Many[Position]) -> Tensor:
     """What tokens are drawn from, [P, V]: temperature, then top-k, top-p and min-p, each on what is left."""
     params = [position.params for position in positions]
-    logits_PV = logits_PV / torch.tensor([p.temperature for p in params])[:, None]
+    logits_PV = logits_PV / placed([p.temperature for p in params], logits_PV.device)[:, None]
     for index, p in enumerate(params):
         if 0 < p.top_k < logits_PV.shape[1]:
             logits_PV[index].masked_fill_(logits_PV[index] < logits_PV[index].topk(p.top_k).values[-1], float("-inf"))
@@ -108,7 +110,8 @@ def _keep_top(weights_V: Tensor, mass: float) -> None:
 
 def _draw(logits_PV: Tensor, positions: Many[Position]) -> list[int]:
     sums_PV = probabilities(logits_PV, positions).double().cumsum(-1)
-    u_P1 = torch.tensor([[uniform(position.seed, len(position.tokens))] for position in positions], dtype=torch.float64)
+    numbers = [[uniform(position.seed, len(position.tokens))] for position in positions]
+    u_P1 = placed(numbers, logits_PV.device, torch.float64)
     tokens_P = torch.searchsorted(sums_PV, u_P1 * sums_PV[:, -1:], right=True)[:, 0]
     return tokens_P.clamp(max=logits_PV.shape[1] - 1).tolist()
 
@@ -117,7 +120,7 @@ def _draw(logits_PV: Tensor, positions: Many[Position]) -> list[int]:
 def logprobs(logits_PV: Tensor, tokens: Many[int], counts: Many[int]) -> list[TokenLogprob]:
     """Log-probabilities of tokens, one a position, with those of the `counts` likeliest beside them."""
     logs_PV = logits_PV.float().log_softmax(-1)
-    chosen = logs_PV[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
+    chosen = logs_PV.gather(1, placed(list(tokens), logs_PV.device, torch.int64)[:, None])[:, 0].tolist()
     most = max(counts, default=0)
     values_PM, index_PM = logs_PV.topk(most, -1) if most else (logs_PV[:, :0], logs_PV[:, :0])
     tops = [list(zip(map(int, index), value, strict=True))

@@ -27,7 +27,7 @@ def position(seed: int = 0, tokens: tuple[int, ...] = (1, 2), **params: Any) -> 
 
 
 @pytest.mark.parametrize("params", [
-    {}, {"top_k": 5}, {"top_p": 0.7}, {"top_p": 0.999}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.8, "min_p": 0.05}])
+    {}, {"top_k": 5}, {"top_p": 0.7}, {"top_p": 0.99}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.8, "min_p": 0.05}])
 def test_filters_are_those_of_transformers(params: dict[str, Any]) -> None:
     wrap = LogitsProcessorList([TemperatureLogitsWarper(0.7)])
     if "top_k" in params:
