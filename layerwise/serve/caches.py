@@ -49,15 +49,15 @@ class Caches:
         return any(other.node is node and other.computed < self._publishable(other)
                    and other.tokens[start : start + self.block] == wanted for other in running)
 
-    def admit(self, sequence: Sequence, running: Many[Sequence]) -> bool:
+    def admit(self, sequence: Sequence, running: Many[Sequence], promise: bool = False) -> bool:
         """Give the sequence the prefix that is known, if there is room for the rest of its tokens; whether there is.
 
-        Blocks that those running still need for their own tokens are not room. A prompt that is scored is computed
-        whole, since a cached prefix has no logits.
+        Blocks that those running still need for their own tokens are not room; with `promise`, tokens count that are
+        still to be written. A prompt that is scored is computed whole, since a cached prefix has no logits.
         """
         scored = sequence.request.params.prompt_logprobs
         path = self.tree.match(sequence.tokens) if self.tree and not scored else []
-        hit, needed = len(path) * self.block, -(-len(sequence.tokens) // self.block) - len(path)
+        hit, needed = len(path) * self.block, -(-_end(sequence, promise) // self.block) - len(path)
         sequence.tables = self.tables()
         if self.tree is not None:
             self.tree.touch(path)
@@ -68,7 +68,7 @@ class Caches:
                 pool.hold(node.blocks[group])
                 sequence.tables[group].blocks.append(node.blocks[group])
         sequence.computed = sequence.cached = hit
-        promised = [sum(self._missing(other, len(other.tokens))[group] for other in running)
+        promised = [sum(self._missing(other, _end(other, promise))[group] for other in running)
                     for group in range(len(self.pools))]
         if all(self._free(group, needed + more) for group, more in enumerate(promised)):
             return True
@@ -189,3 +189,8 @@ class Caches:
         assert table.first <= self._let_go(group, sequence.computed), "a block was let go too early"
         written = table.blocks[(sequence.computed - table.shift) // self.block - table.first :]
         assert all(self.pools[group].holders[block] == 1 for block in written), "others hold a block to be written"
+
+
+def _end(sequence: Sequence, whole: bool) -> int:
+    """Tokens that a sequence has; with `whole`, those whose keys it will have at its end."""
+    return max(len(sequence.tokens), sequence.prompt + sequence.limit - 1 if whole else 0)

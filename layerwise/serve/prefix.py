@@ -83,19 +83,19 @@ class PrefixTree:
         return node
 
     def evict(self, group: int, count: int) -> bool:
-        """Let nodes go until `group` has `count` free blocks; False where those in use leave too few."""
+        """Let nodes go until `group` has `count` free blocks; False, and none goes, where those in use leave too few."""
         pool = self.pools[group]
+        if pool.free < count and pool.free + self._idle_nodes() < count:
+            return False
         while pool.free < count:
-            idle = [leaf for leaf in self._leaves if self._idle(leaf)]
-            if not idle:
-                return False
-            self._remove(min(idle, key=self.eviction))
+            self._remove(min((leaf for leaf in self._leaves if self._idle(leaf)), key=self.eviction))
         return True
 
     def clear(self) -> None:
         """Let every node go that no sequence uses."""
-        for group, pool in enumerate(self.pools):
-            self.evict(group, pool.count)
+        while idle := [leaf for leaf in self._leaves if self._idle(leaf)]:
+            for leaf in idle:
+                self._remove(leaf)
 
     def held(self, group: int) -> Iterator[int]:
         """Every block of a group that a node holds."""
@@ -115,6 +115,14 @@ class PrefixTree:
         assert self.size == len(nodes), "the tree has lost count of its nodes"
         assert set(self._leaves) == {node for node in nodes if not node.children}, "leaves are not the leaves"
         assert all(len(node.tokens) == self.block for node in nodes), "a node holds a block in part"
+
+    def _idle_nodes(self) -> int:
+        """How many nodes nobody uses, nor anything below them."""
+        used: set[Node | None] = set()
+        for node in reversed(list(self.nodes())):
+            if node in used or not self._idle(node):
+                used.update((node, node.parent))
+        return self.size - len(used - {self.root})
 
     def _idle(self, node: Node) -> bool:
         held = (pool.holders[block] for pool, block in zip(self.pools, node.blocks, strict=True))

@@ -19,12 +19,14 @@ class Limits:
     """`running` sequences at once, `step_tokens` tokens in a step, `patience` steps of waiting for a level of priority.
 
     `groups` gives the number of steps in which a prompt of so many tokens passes the layers: 1 is all in one step.
+    With `promise`, who joins has room for all it may write, so that nobody is ever sent away.
     """
 
     running: int = 64
     step_tokens: int = 512
     patience: int = 1000
     groups: Callable[[int], int] = lambda tokens: 1
+    promise: bool = False
 
 
 @dataclass
@@ -152,7 +154,7 @@ class Scheduler:
                 break
             if self.caches.pending(sequence, self.running):
                 continue  # another sequence is computing what this one can use
-            if not self.caches.admit(sequence, self.running):
+            if not self.caches.admit(sequence, self.running, self.limits.promise):
                 break
             self.waiting.remove(sequence)
             self.running.append(sequence)
