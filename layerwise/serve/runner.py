@@ -14,7 +14,7 @@ from torch import Tensor
 from layerwise.serve.paged import PagedFlow
 from layerwise.serve.placed import placed
 from layerwise.serve.plan import Entry
-from layerwise.serve.pool import Int8Pool, Pool
+from layerwise.serve.pool import POOLS, Pool
 from layerwise.serve.sequence import Row, Sequence
 from layerwise.serve.table import LayerTable
 from layerwise.spec import Attention
@@ -40,7 +40,7 @@ class Runner:
         if entry.kind in ("none", "shared"):
             return None
         assert isinstance(mixer, Attention)
-        kind = Int8Pool if entry.precision == "int8" else Pool
+        kind = POOLS[entry.precision]
         return kind(blocks, self.block, mixer.kv_heads, mixer.head_dim, self.stack.dtype, self.stack.device)
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ tokens they keep, so a token's place in the cache (its slot) need not be its pos
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,7 +16,7 @@ from layerwise.errors import BadModel, BadOption
 from layerwise.spec import DTYPE_BYTES, Attention, Opaque, StackSpec
 
 Kind = Literal["full", "window", "budget", "shared", "none"]
-Precision = Literal["model", "int8"]
+Precision = Literal["model", "int8", "int4"]
 Scorer = Literal["recent", "norm", "attention"]
 
 
@@ -133,12 +134,22 @@ def _group_keys(entries: list[LayerCache]) -> list[tuple[int, ...]]:
 
 def _group(spec: StackSpec, entries: list[LayerCache], layers: tuple[int, ...]) -> Group:
     first = entries[layers[0]]
-    size = sum(_token_bytes(spec, layer, entries[layer].precision == "int8") for layer in layers)
+    size = sum(_token_bytes(spec, layer, entries[layer].precision) for layer in layers)
     return Group(first.kind, first.tokens, layers, size, first.scorer)
 
 
-def _token_bytes(spec: StackSpec, layer: int, int8: bool) -> int:
+def _token_bytes(spec: StackSpec, layer: int, precision: Precision) -> int:
     mixer = spec.rows[layer].mixer
     assert isinstance(mixer, Attention)
-    head = mixer.head_dim + 4 if int8 else mixer.head_dim * DTYPE_BYTES[spec.dtype]
-    return 2 * mixer.kv_heads * head
+    width = mixer.head_dim
+    if precision == "int4" and width % 2:
+        raise BadOption(f"int4 for layer {layer}, whose heads have {width} numbers", expected="an even number",
+                        do="keep it in int8")
+    head = {"model": width * DTYPE_BYTES[spec.dtype], "int8": width + 4,
+            "int4": width // 2 + 4 * (width // group_of(width))}
+    return 2 * mixer.kv_heads * head[precision]
+
+
+def group_of(width: int) -> int:
+    """Neighbouring numbers of a head that share a scale in 4 bits: 32, or the largest power of two that divides it."""
+    return math.gcd(width, 32)

@@ -9,14 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import layerwise as lw
 from layerwise.errors import BadData, BadModel, BadOption
+from layerwise.nets.flow import Flow
 from layerwise.serve.engine import Engine, layered
+from layerwise.serve.pool import POOLS, CodedPool
 from layerwise.serve.request import Params, QueueFull, Request, TooLong
-from layerwise.serve.table import layer_table
+from layerwise.serve.table import Precision, layer_table
+from layerwise.spec import Attention
 from layerwise.stack import ModuleStack
 from layerwise.stack.decoder import DecoderStack
+from layerwise.testing.stacks import random_stack
 from tests.nets.tiny import tiny, write
 from tests.serve.plain import KINDS, drawn, greedy, prompts, serve
 
@@ -150,15 +155,30 @@ def test_tight_budgets_bound_the_cache(stack: DecoderStack, scorer: Any) -> None
     assert sequence.tables[1].kept == sorted(set(sequence.tables[1].kept))
 
 
-def test_eight_bit_caches_are_close(stack: DecoderStack, mixed: list[list[int]]) -> None:
-    engine = Engine(stack, table=layer_table(stack.spec, precision="int8"), cache_tokens=1024)
-    scores = Params(max_tokens=1, prompt_logprobs=True)
-    found = serve(engine, mixed, scores)
-    exact = serve(Engine(stack, cache_tokens=1024), mixed, scores)
-    for ours, theirs in zip(found, exact, strict=True):
-        differences = [abs(a.logprob - b.logprob) for a, b in zip(ours.prompt_logprobs, theirs.prompt_logprobs,
-                                                                  strict=True)]
-        assert max(differences, default=0.0) < 0.1
+@pytest.mark.parametrize("setting", ["plain", "chunked", "preempted", "layered"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_coded_caches_are_what_a_plain_pass_over_coded_keys_sees(precision: Precision, setting: str) -> None:
+    stack, asked = random_stack(2), prompts(5, seed=2)
+    stack.decoder.double()  # so exact that the order of sums changes no code
+
+    class Coded(Flow):
+        def attend(self, a: Attention, layer: int, q: Tensor, *new: Tensor | None) -> Tensor:
+            return super().attend(a, layer, q, *(pool.decode(pool.encode(x)) for x in new if x is not None))
+
+    pool = POOLS[precision](1, 1, 1, 16, torch.float32, torch.device("cpu"))
+    assert isinstance(pool, CodedPool)
+    table = layer_table(stack.spec, precision=precision)
+    engine = Engine(stack, table=table, **{"cache_tokens": 1024} | SETTINGS[setting])
+    found = serve(engine, asked, Params(max_tokens=6, prompt_logprobs=True))
+    for completion, prompt in zip(found, asked, strict=True):
+        tokens_T = torch.tensor([*prompt, *completion.tokens])
+        start = stack.start(tokens_T[None])
+        coded = dataclasses.replace(start, shared=Coded(start.shared.positions_BT))
+        logs_TV = stack.finish(stack.run(coded))[0].log_softmax(-1)
+        expected = logs_TV[:-1].gather(1, tokens_T[1:, None])[:, 0]
+        scores = torch.tensor([score.logprob for score in completion.prompt_logprobs])
+        torch.testing.assert_close(scores, expected.float()[: len(scores)], rtol=0, atol=1e-5)
+        assert list(completion.tokens) == logs_TV[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
