@@ -163,7 +163,8 @@ def test_coded_caches_are_what_a_plain_pass_over_coded_keys_sees(precision: Prec
 
     class Coded(Flow):
         def attend(self, a: Attention, layer: int, q: Tensor, *new: Tensor | None) -> Tensor:
-            return super().attend(a, layer, q, *(pool.decode(pool.encode(x.float())).double() for x in new if x is not None))
+            coded = (pool.decode(pool.encode(x.float())).double() for x in new if x is not None)
+            return super().attend(a, layer, q, *coded)
 
     pool = POOLS[precision](1, 1, 1, 16, torch.float32, torch.device("cpu"))
     assert isinstance(pool, CodedPool)
