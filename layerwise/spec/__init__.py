@@ -1,0 +1,16 @@
+"""The layer table: `LayerSpec` is one row, `StackSpec` the whole model without its weights.
+
+Rows are frozen and hold plain values, so a model's structure can be printed, compared, edited and
+stored as JSON before any tensor is touched. Sizes follow from the table alone: `StackSpec.bytes`
+equals what a saved file holds (a test compares the two).
+"""
+
+from layerwise.spec.formats import BITS, DTYPE_BYTES, SCALE_BITS, Format
+from layerwise.spec.mixers import Attention, Opaque, Rope
+from layerwise.spec.row import FeedForward, LayerSpec, Norm, describe
+from layerwise.spec.stack import StackSpec
+
+__all__ = [
+    "BITS", "DTYPE_BYTES", "SCALE_BITS", "Attention", "FeedForward", "Format", "LayerSpec", "Norm", "Opaque", "Rope",
+    "StackSpec", "describe",
+]
