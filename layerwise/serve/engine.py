@@ -67,7 +67,7 @@ class Engine:
             if value < 1:
                 raise BadOption(f"{name}={value}", expected="1 or more", do="change it or leave it out")
         self.stack, self.waiting = prepared(stack) if prepare else stack, waiting
-        self.table = table or layer_table(stack.spec)
+        self.table = table or layer_table(self.stack.spec)
         tokens = cache_tokens or _cache_tokens(stack, self.table)
         blocks = max(2, -(-tokens // block))
         self.caches = Caches(self.table, blocks, block, share=prefix_cache, eviction=eviction)

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import nn
 
 from layerwise.nets.decoder import Block
-from layerwise.nets.prepared import PrepackedLinear, prepare, prepare_norm
+from layerwise.nets.prepared import (
+    Float16Linear,
+    Narrow,
+    PrepackedLinear,
+    TableHead,
+    WideEmbedding,
+    may_widen,
+    prepare,
+    prepare_norm,
+)
 from layerwise.stack.decoder import DecoderStack
 
 
 def prepared(stack: DecoderStack) -> DecoderStack:
     """A stack that computes the same from weights laid out anew; one that is streamed from disk is left as it is.
 
-    Blocks that are swapped in count, hooks do not. While `stack` lives as well, weights are held twice.
+    Where the processor has no instructions for the weights' dtype, the new stack computes in float32, and so its spec
+    says. Blocks that are swapped in count, hooks do not. While `stack` lives as well, weights are held twice.
     """
     if stack.streamed:
         return stack
-    blocks = [block if not isinstance(block := stack.block(layer), Block) else prepare(block)
-              for layer in range(len(stack))]
-    table = stack.decoder.embedding if stack.decoder.head is None else stack.decoder.head
-    head = None
-    if isinstance(table, nn.Embedding) and PrepackedLinear.fits(table.weight):
-        head = PrepackedLinear(table.weight)
-    fast = stack.rebuilt(stack.spec, blocks, head=head)
-    fast.decoder.norm = prepare_norm(stack.decoder.norm)
+    blocks = [stack.block(layer) for layer in range(len(stack))]
+    own = all(isinstance(block, Block) for block in blocks)
+    wide = stack.dtype if own and may_widen(stack.device, stack.dtype) else None
+    laid_out = [prepare(block, wide) if isinstance(block, Block) else block for block in blocks]
+    spec, embedding = stack.spec, None
+    if wide is not None:
+        scale = float(torch.tensor(spec.embedding_scale, dtype=wide))
+        spec, embedding = replace(spec, dtype="float32", embedding_scale=scale), WideEmbedding(stack.decoder.embedding)
+    fast = stack.rebuilt(spec, laid_out, embedding=embedding, head=_head(stack, wide))
+    fast.decoder.norm = prepare_norm(stack.decoder.norm, wide)
     fast.folder = stack.folder
     return fast
+
+
+def _head(stack: DecoderStack, wide: torch.dtype | None) -> nn.Module | None:
+    """The output head in a better layout; None where it stays."""
+    table = stack.decoder.embedding if stack.decoder.head is None else stack.decoder.head
+    if isinstance(table, nn.Embedding):
+        if wide is not None and Float16Linear.fits(table.weight):
+            return Float16Linear(table.weight)
+        if PrepackedLinear.fits(table.weight):
+            return PrepackedLinear(table.weight)
+        return None if wide is None else Narrow(TableHead(table), wide)
+    return None if wide is None else Narrow(table, wide)

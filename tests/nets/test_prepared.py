@@ -9,7 +9,9 @@ import torch
 
 from layerwise.generate.sample import next_logits
 from layerwise.nets.decoder import Block
-from layerwise.nets.prepared import FastRMSNorm, PrepackedLinear
+from layerwise.nets.dense import Dense
+from layerwise.nets.norms import RMSNorm
+from layerwise.nets.prepared import FastRMSNorm, Float16Linear, PrepackedLinear, WideRMSNorm, may_widen
 from layerwise.spec import Attention, FeedForward, LayerSpec
 from layerwise.stack.decoder import Caches, DecoderStack
 from layerwise.stack.prepared import prepared
@@ -41,12 +43,12 @@ def agree(stack: DecoderStack) -> None:
         expected, found = stack(TOKENS_BT), fast(TOKENS_BT)
         assert torch.isfinite(found).all()
         scale = float(expected.float().std())
-        torch.testing.assert_close(found, expected, rtol=0, atol=scale * (0.1 if bits else 1e-4))
+        torch.testing.assert_close(found, expected, rtol=0, atol=scale * (0.1 if bits else 1e-4), check_dtype=False)
         caches: tuple[Caches, Caches] = {}, {}
         for start, stop in ((0, 7), (7, 8), (8, 9), (9, 21)):
             parts = [next_logits(one, TOKENS_BT[:, start:stop], cache)
                      for one, cache in zip((stack, fast), caches, strict=True)]
-            torch.testing.assert_close(*parts, rtol=0, atol=scale * (0.1 if bits else 1e-4))
+            torch.testing.assert_close(*parts, rtol=0, atol=scale * (0.1 if bits else 1e-4), check_dtype=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -88,11 +90,46 @@ def test_dense_layers_give_the_same_bits(tokens: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 16, 40])
 def test_norms_are_the_norm(tokens: int, dtype: torch.dtype) -> None:
-    from layerwise.nets.norms import RMSNorm
-
     norm = RMSNorm(64, 1e-5, 0.0).to(dtype)
     norm.weight.data = torch.rand(64).to(dtype) + 0.5
     x = 3 * torch.randn(1, tokens, 64).to(dtype)
     exact = torch.nn.functional.rms_norm(x.double(), (64,), norm.weight.double(), 1e-5)
     found = FastRMSNorm(norm)(x)
     torch.testing.assert_close(found.double(), exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+WIDE = may_widen(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.skipif(not WIDE, reason="this processor multiplies bfloat16")
+def test_a_wide_stream_keeps_the_weights_small_and_is_nearer_to_float32() -> None:
+    stack = random_stack(3, dtype="bfloat16")
+    fast = prepared(stack)
+    assert fast.dtype == torch.float32 and fast.spec.dtype == "float32"
+    kinds = {type(module) for module in fast.block(0).modules()}
+    assert Float16Linear in kinds and Dense not in kinds
+    exact = stack.copied(torch.float32)(TOKENS_BT)
+    torch.testing.assert_close(fast(TOKENS_BT), exact, rtol=0, atol=1e-3 * float(exact.std()))
+
+
+@pytest.mark.skipif(not WIDE, reason="this processor multiplies bfloat16")
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_float16_layers_multiply_the_stored_numbers(tokens: int) -> None:
+    weight, bias, x = torch.randn(96, 48).bfloat16(), torch.randn(96).bfloat16(), torch.randn(1, tokens, 48)
+    for b in (None, bias):
+        exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        torch.testing.assert_close(Float16Linear(weight, b)(x).double(), exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("peak", [2.0**16, 2.0**-9])
+def test_weights_outside_the_range_of_float16_stay(peak: float) -> None:
+    assert not Float16Linear.fits(torch.full((4, 4), peak, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_wide_norms_are_the_norm(offset: float) -> None:
+    norm = RMSNorm(64, 1e-2, offset)
+    norm.weight.data = torch.rand(64) + 0.5
+    for x in (3 * torch.randn(2, 5, 64), torch.zeros(1, 1, 64), 1e-3 * torch.randn(1, 1, 64)):
+        exact = torch.nn.functional.rms_norm(x.double(), (64,), norm.weight.double() + offset, 1e-2)
+        torch.testing.assert_close(WideRMSNorm(norm)(x).double(), exact, rtol=1e-5, atol=1e-6)
