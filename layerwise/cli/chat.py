@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from layerwise.serve.talk import Talk
+
+
+COMMANDS = "/clear begins anew, /exit or Ctrl-D ends, Ctrl-C interrupts an answer"
+PROMPT = "\001\033[1;36m\002> \001\033[0m\002"
+"""Bold and cyan; what stands between the marks 1 and 2 has no width on the screen."""
 
 
 def chat(
@@ -43,9 +49,13 @@ def chat(
     screen.tell(f"opening {model}")
     talk = Talk(Engine(open(model), running=1), params, system)
     console = Console(stderr=as_json, highlight=False)
+    if sys.stdin.isatty():
+        console.print(COMMANDS, style="dim")
     for text in said(console):
         if text == "/clear":
             talk.clear()
+        elif text.startswith("/") and text[1:].isalpha():
+            console.print(COMMANDS, style="dim")
         else:
             reply(talk, text, console)
     screen.finish({"messages": talk.messages})
@@ -56,7 +66,7 @@ def said(console: Console) -> Iterator[str]:
     typed = sys.stdin.isatty()
     while True:
         try:
-            text = console.input("[bold cyan]> [/]") if typed else next(sys.stdin).rstrip("\n")
+            text = typed_line(console) if typed else next(sys.stdin).rstrip("\n")
         except (EOFError, KeyboardInterrupt, StopIteration):
             return
         if text.strip() in ("/exit", "/quit"):
@@ -65,6 +75,15 @@ def said(console: Console) -> Iterator[str]:
             if not typed:
                 console.print(f"> {text}", style="bold cyan", markup=False)
             yield text.strip()
+
+
+def typed_line(console: Console) -> str:
+    """A line from the keyboard, edited and recalled with the arrow keys where the system can."""
+    if console.stderr or console.no_color:
+        return console.input("> ")
+    with suppress(ImportError):
+        import readline  # noqa: F401 - input() uses it once it is there
+    return input(PROMPT)
 
 
 def reply(talk: Talk, text: str, console: Console) -> None:

@@ -46,6 +46,7 @@ def serve(
     Ends on Ctrl-C or SIGTERM, after the running requests.
     """
     from contextlib import closing
+    from ipaddress import ip_address
 
     from layerwise.serve.run import bind, run
 
@@ -64,6 +65,8 @@ def serve(
         service = _service(AsyncEngine(engine), name or stack.name, max_body, max_prompt, seconds)
         host, port = bound.getsockname()[:2]
         where = f"http://{host}:{port}"
+        if not api_key and not ip_address(host).is_loopback:
+            screen.tell("without --api-key, whoever reaches this address can use the model")
         run(service, bound, key=api_key or None, grace=grace,
             ready=lambda: screen.tell(f"serving {service.name} on {where} (page) and {where}/v1 (OpenAI)"))
     screen.tell("stopped")

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from layerwise.errors import BadFile, LayerwiseError
 from layerwise.io import atomic
 from layerwise.serve import replies
-from layerwise.serve.openai import ChatBody, CompletionBody
+from layerwise.serve.openai import ChatBody, CompletionBody, complaint
 from layerwise.serve.render import Job, Renderer
 from layerwise.serve.request import Completion
 
@@ -87,9 +87,9 @@ def _line(number: int, text: bytes, known: bytes, settings: Mapping[str, Any]) -
         made = kind.model_validate(DEFAULTS | dict(settings.get("defaults", {})) | body)
         return Line(number, id, custom, wrapped, made)
     except ValidationError as error:
-        first = error.errors()[0]
+        places, what = complaint(error.errors())
         return Line(number, id, None if not isinstance(custom, str) else custom, wrapped, None,
-                    f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+                    ": ".join(filter(None, [".".join(places), what])))
     except (ValueError, RecursionError) as error:
         return Line(number, id, None if not isinstance(custom, str) else custom, wrapped, None,
                     f"{type(error).__name__}: {error}" if isinstance(error, RecursionError) else str(error))

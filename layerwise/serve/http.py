@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -22,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from layerwise.errors import LayerwiseError, UnknownName
 from layerwise.serve import prometheus, replies
 from layerwise.serve.guard import Guard
-from layerwise.serve.openai import ChatBody, CompletionBody, Message
+from layerwise.serve.openai import ChatBody, CompletionBody, Message, complaint
 from layerwise.serve.render import Renderer
 from layerwise.serve.request import Event, QueueFull, TooLong
 from layerwise.serve.service import INLINE, Refused, Service
@@ -108,16 +109,21 @@ def _add_views(app: FastAPI, service: Service, guard: Guard) -> None:
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
+    offered = [f"{method} {route.path}" for route in app.routes if isinstance(route, APIRoute)
+               for method in sorted(route.methods) if route.include_in_schema]
+
     async def wrong_fields(_: Request, found: Exception) -> Response:
         assert isinstance(found, RequestValidationError | ValidationError)
-        first = found.errors()[0]
-        places = [str(part)[:100] for part in first["loc"] if part != "body"]
-        message = f"{'.'.join(places)}: {first['msg']}" if places else str(first["msg"])
+        places, what = complaint(found.errors())
+        message = f"{'.'.join(places)}: {what}" if places else what
         return JSONResponse(replies.error(message, param=places[0] if places else None, code="invalid_value"), 400)
 
-    async def wrong_route(_: Request, found: Exception) -> Response:
+    async def wrong_route(request: Request, found: Exception) -> Response:
         assert isinstance(found, HTTPException)
-        return JSONResponse(replies.error(str(found.detail)), found.status_code, headers=found.headers)
+        message = str(found.detail)
+        if found.status_code in (404, 405):
+            message = f"no {request.method} {request.url.path[:100]} here; expected {', '.join(offered)}"
+        return JSONResponse(replies.error(message), found.status_code, headers=found.headers)
 
     async def given(_: Request, found: Exception) -> Response:
         assert isinstance(found, LayerwiseError)

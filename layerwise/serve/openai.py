@@ -6,6 +6,7 @@ that an answer is never to another question. Fields that only describe the calle
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -39,6 +40,28 @@ class Body(BaseModel):
     """JSON types are not converted into one another: "5" is no number."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def complaint(errors: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
+    """Where a body is wrong, and what is wrong there, from what pydantic found.
+
+    Of the first error; where a field may have several forms, of the form that fits furthest.
+    """
+    base = _place(errors[0])
+    near = [error for error in errors if _place(error)[: len(base)] == base]
+    chosen = max(near, key=lambda error: len(_place(error)))
+    kind, limits = chosen["type"], chosen.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _place(chosen), "not a field that is known here"
+    if kind == "too_long" and limits.get("max_length") == 0:
+        return _place(chosen), "not supported here; leave it out"
+    return _place(chosen), str(chosen["msg"]).removeprefix("Value error, ")
+
+
+def _place(error: Mapping[str, Any]) -> list[str]:
+    """Names and numbers on the way to a value, without pydantic's names of forms such as `list[Part]`."""
+    parts = (str(part)[:100] for part in error["loc"] if part != "body")
+    return [part for part in parts if not ("[" in part or part in ("str", "float", "int"))]
 
 
 class StreamOptions(Body):

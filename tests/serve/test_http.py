@@ -194,9 +194,24 @@ def test_errors_have_openais_form(served: Served) -> None:
     assert status == 400 and body["error"]["param"] == "max_token"
     status, body, _ = call(f"{served.url}/v1/chat/completions",
                            json.dumps({"messages": SAID, "tools": [{"type": "function"}]}).encode())
-    assert status == 400 and "tools" in body["error"]["message"]
-    assert call(f"{served.url}/nowhere")[0] == 404
-    assert call(f"{served.url}/v1/completions")[0] == 405
+    assert status == 400 and body["error"]["message"] == "tools: not supported here; leave it out"
+    status, body, _ = call(f"{served.url}/v1/embeddings", b"{}")
+    assert status == 404 and "no POST /v1/embeddings here" in body["error"]["message"]
+    status, body, _ = call(f"{served.url}/v1/completions")
+    assert status == 405 and "POST /v1/completions" in body["error"]["message"]
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"max_token": 5}, "max_token: not a field that is known here"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+     "messages.0.content.0.type: Input should be 'text'"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a valid string"),
+    ({"stop": 5}, "stop: Input should be a valid string"),
+    ({"logit_bias": {"x": 1}}, "logit_bias.x: String should match"),
+], ids=str)  # fmt: skip
+def test_errors_name_the_place(served: Served, given: dict[str, Any], said: str) -> None:
+    status, body, _ = call(f"{served.url}/v1/chat/completions", json.dumps({"messages": SAID} | given).encode())
+    assert status == 400 and body["error"]["message"].startswith(said)
 
 
 def test_a_body_too_large_is_refused(served: Served) -> None:

@@ -49,12 +49,17 @@ def test_the_page_holds_a_conversation(served: Served, tmp_path: Path) -> None:
             page.value("document.getElementById('state').textContent = '', document.getElementById('most').value = 16, "
                        f"document.getElementById('say').value = '{said}', document.getElementById('send').click()")
             page.until("document.getElementById('state').textContent.includes('tokens/s')")
+            page.value("document.getElementById('most').value = 0, document.getElementById('say').value = 'lost', "
+                       "document.getElementById('send').click()")
+            page.until("document.querySelector('.turn.error') !== null && !document.getElementById('send').disabled")
+            assert page.value("document.getElementById('say').value") == "lost"
+            page.value("document.querySelectorAll('.turn.error').forEach(turn => turn.remove())")
         shown = page.value("[...document.querySelectorAll('.turn')].map(turn => turn.textContent)")
         page.open(f"{served.url}/?ask=Hi")
         page.until("document.querySelector('.turn.assistant')?.textContent != ''")
     one = answer(first, 16)
     second = [*first, {"role": "assistant", "content": one}, {"role": "user", "content": "and?"}]
-    assert shown == ["Hi <b>", one, "and?", answer(second, 16)]
+    assert shown == ["Hi <b>", one, "lost", "and?", answer(second, 16), "lost"]
 
 
 @browser

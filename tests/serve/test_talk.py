@@ -56,7 +56,7 @@ def test_turns_that_no_longer_fit_are_forgotten(talker: DecoderStack) -> None:
 def test_the_command_answers_piped_lines(
     tiny_folder: object, talker: DecoderStack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\n/clear\nhi\n/exit\nnever\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\n/clear\n/help\nhi\n/exit\nnever\n"))
     with pytest.raises(SystemExit) as end:
         main(["chat", str(tiny_folder), "-t", "0", "-n", "6", "--json"])
     assert not end.value.code
@@ -64,4 +64,4 @@ def test_the_command_answers_piped_lines(
     messages = json.loads(said.out)["messages"]
     expected = "".join(talk(talker, 6).say("hi"))
     assert messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": expected}]
-    assert said.err.count("> hi") == 2 and "6 tokens" in said.err and "never" not in said.err
+    assert said.err.count("> hi") == 2 and "6 tokens" in said.err and said.err.count("Ctrl-C") == 1 and "never" not in said.err
