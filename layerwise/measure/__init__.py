@@ -9,6 +9,7 @@ from layerwise.registry import Registry
 
 INSTRUMENTS = Registry("instrument", {
     "angular-distance": "layerwise.measure.angular_distance:AngularDistance",
+    "attention-budget": "layerwise.measure.attention_budget:AttentionBudget",
     "block-influence": "layerwise.measure.block_influence:BlockInfluence",
     "contribution-cosine": "layerwise.measure.contribution_cosine:ContributionCosine",
     "cost": "layerwise.measure.cost:Cost",

@@ -24,10 +24,10 @@ def read(stack: Stack, inputs: Inputs, readings: Sequence[Reading], journals: Se
     values: list[list[Mapping[str, float]]] = [[] for _ in readings]
     for layer in range(len(stack)):
         for reading, journal, found in zip(readings, journals, values, strict=True):
-            if f"{layer}/" not in journal:
+            if f"{layer}" not in journal:
                 for part, value in reading.of_layer(stack, layer, states).items():
                     journal[f"{layer}/{part}"] = value
-                journal[f"{layer}/"] = 1.0
+                journal[f"{layer}"] = 1.0
             found.append({part: journal[f"{layer}/{part}"] for part in reading.parts
                           if f"{layer}/{part}" in journal})
         states = [stack.run(state, slice(layer, layer + 1)) for state in states]
