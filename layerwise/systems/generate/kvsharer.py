@@ -27,6 +27,7 @@ from layerwise.generate.sample import generate
 from layerwise.serve.table import layer_table
 from layerwise.stack.decoder import Caches, DecoderStack
 from layerwise.systems.base import Check, Size
+from layerwise.systems.served import same
 
 Pair = tuple[int, int]
 """A layer, and the earlier one whose keys and values it may read."""
@@ -172,13 +173,8 @@ def _served(stack: DecoderStack, sources: Mapping[int, int], text: TextData, sca
     return Check(
         name="served from the shared cache",
         claim="the engine keeps no cache for sharing layers and answers as plain passes through the same model do",
-        measured={"cache bytes a token": sizes[0], "tokens as in plain passes": _same(served, plain)},
+        measured={"cache bytes a token": sizes[0], "tokens as in plain passes": same(served, plain)},
         control={"cache bytes a token, none share": sizes[1],
-                 "tokens as in the model in which none share": _same(served, whole)},
+                 "tokens as in the model in which none share": same(served, whole)},
         holds=served == plain and sizes[0] * len(stack) == sizes[1] * (len(stack) - len(sources)),
         why=f"{len(prompts)} prompts of {LENGTH} tokens, {scale.tokens} greedy tokens each, in float32")
-
-
-def _same(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> float:
-    pairs = [(left, right) for one, other in zip(a, b, strict=True) for left, right in zip(one, other, strict=True)]
-    return round(sum(left == right for left, right in pairs) / len(pairs), 3)

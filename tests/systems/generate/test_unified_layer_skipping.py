@@ -7,7 +7,7 @@ import torch
 
 from layerwise.generate.sample import next_logits
 from layerwise.stack.decoder import Caches
-from layerwise.systems.generate.unified_layer_skipping import LENGTH, PROMPT, RULES, response_losses
+from layerwise.systems.generate.unified_layer_skipping import CLAIMED, LENGTH, PROMPT, RULES, response_losses
 from layerwise.testing import check_system
 from layerwise.testing.stacks import random_stack
 
@@ -26,20 +26,22 @@ def test_the_loss_is_that_of_decoding_through_the_kept_layers() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_it_runs() -> None:
-    quality, speed = check_system("unified-layer-skipping")
+    quality, served, speed = check_system("unified-layer-skipping")
     assert quality.measured["layers"] == [*range(0, 27, 2), 29]
     assert set(quality.control) == {*RULES, "all layers"} - {"unified"}
     assert set(speed.measured) == {"2x", "3x"} == set(speed.control["predicted speed-up"])
     assert quality.holds is speed.holds is None
+    assert served.holds is True and served.measured["tokens as in plain passes"] == 1.0
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_full_heals_every_rule_alike() -> None:
-    two, three, speed = check_system("unified-layer-skipping", "full")
+def test_full_heals_the_rules_alike() -> None:
+    two, three, _, speed = check_system("unified-layer-skipping", "full")
     for check in (two, three):
         assert {"before healing", "after"} <= set(check.measured)
-        assert all(set(check.control[rule]) == {"before healing", "after"} for rule in RULES if rule != "unified")
+        assert all(set(check.control[rule]) == {"before healing", "after"} for rule in CLAIMED[1:])
+    assert set(two.control["random"]) == {"before healing", "after"} != set(three.control["random"])
     assert speed.holds is not None
 
 
