@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from layerwise.measure.scores import Scores
     from layerwise.report.run import Run
     from layerwise.report.verify import Report, verify
+    from layerwise.serve.background import AsyncEngine
     from layerwise.serve.engine import Engine
     from layerwise.serve.request import Params
+    from layerwise.serve.table import layer_table
     from layerwise.spec import LayerSpec, StackSpec
     from layerwise.stack.base import Stack, State
     from layerwise.stack.open import open
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
+    "AsyncEngine": "layerwise.serve.background:AsyncEngine",
     "Budget": "layerwise.allocate.budget:Budget",
     "Choice": "layerwise.allocate.choices:Choice",
     "Engine": "layerwise.serve.engine:Engine",
@@ -54,6 +57,7 @@ _PLACES = {
     "allocate": "layerwise.allocate",
     "apply": "layerwise.allocate.apply:apply",
     "errors": "layerwise.errors",
+    "layer_table": "layerwise.serve.table:layer_table",
     "measure": "layerwise.measure",
     "open": "layerwise.stack.open:open",
     "testing": "layerwise.testing",
@@ -62,6 +66,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "AsyncEngine",
     "Budget",
     "Choice",
     "Engine",
@@ -79,6 +84,7 @@ __all__ = [
     "allocate",
     "apply",
     "errors",
+    "layer_table",
     "measure",
     "open",
     "testing",

@@ -53,6 +53,15 @@ def test_examples_parse_and_use_public_names(page: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.slow
+def test_the_engine_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    block = next(block for block in python(ROOT / "docs/serve.md") if "lw.Engine" in block)
+    exec(block, {})
+    said = capsys.readouterr().out
+    assert "Paris" in said.splitlines()[0] and len(said) > 60
+
+
+@pytest.mark.real
+@pytest.mark.slow
 def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     [block] = python(ROOT / "README.md")

@@ -16,9 +16,9 @@ import layerwise as lw
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
-    "Budget", "Choice", "Engine", "LayerSpec", "LayerwiseError", "Params", "Plan", "Report", "Run", "Scores", "Stack",
-    "StackSpec", "State", "__version__", "allocate", "apply", "errors", "measure", "open", "testing",
-    "undo", "verify",
+    "AsyncEngine", "Budget", "Choice", "Engine", "LayerSpec", "LayerwiseError", "Params", "Plan", "Report", "Run",
+    "Scores", "Stack", "StackSpec", "State", "__version__", "allocate", "apply", "errors", "layer_table", "measure",
+    "open", "testing", "undo", "verify",
 }  # fmt: skip
 
 

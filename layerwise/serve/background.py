@@ -6,12 +6,13 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 
 from layerwise.errors import BadOption
+from layerwise.generate.sample import prompt_ids
 from layerwise.serve.engine import Engine
-from layerwise.serve.request import Event, Request
+from layerwise.serve.request import Event, Params, Request
 
 Deliver = Callable[[Event], None]
 
@@ -19,7 +20,8 @@ Deliver = Callable[[Event], None]
 class AsyncEngine:
     """Steps `engine` in a thread while there is work; many coroutines, of any event loop, may stream from it at once.
 
-    A step that fails ends the requests it had with `error`, and the engine goes on.
+    A step that fails ends the requests it had with `error`, and the engine goes on. As a context manager it is closed
+    at the end.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -32,8 +34,20 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._work, name="layerwise-engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
-        """Events of one request. Raises what `Engine.add` raises; leaving the loop early cancels the request."""
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def stream(self, request: Request | str | Sequence[int], params: Params | None = None
+                     ) -> AsyncIterator[Event]:
+        """Events of one request, or of a prompt (text or token ids) to be continued as `params` say.
+
+        Raises what `Engine.add` raises; leaving the loop early cancels the request.
+        """
+        if not isinstance(request, Request):
+            request = Request(tuple(prompt_ids(self.engine.stack, request)), params or Params())
         loop, news = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def deliver(event: Event) -> None:

@@ -46,6 +46,20 @@ def test_streams_get_their_tokens_while_others_leave(stack: DecoderStack, mixed:
     run(work())
 
 
+def test_a_prompt_streams_in_a_context_that_closes(talker: DecoderStack) -> None:
+    async def work() -> None:
+        async with AsyncEngine(Engine(talker, cache_tokens=512)) as engine:
+            params = Params(max_tokens=9)
+            text = "".join([event.text async for event in engine.stream("abc", params)])
+            tokens = [token async for event in engine.stream([97, 98], params) for token in event.tokens]
+        [one, two] = Engine(talker, cache_tokens=512).generate(["abc", [97, 98]], params)
+        assert text == one.text and tokens == list(two.tokens)
+        with pytest.raises(BadOption, match="closing"):
+            await collect(engine, Request((1,)))
+
+    run(work())
+
+
 def test_refusals_reach_the_caller(stack: DecoderStack) -> None:
     async def work() -> None:
         engine = AsyncEngine(Engine(stack))
