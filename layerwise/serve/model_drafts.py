@@ -40,7 +40,7 @@ class SomeLayers(Drafter):
     def draft(self, rows: Many[Row]) -> None:
         chosen = [row for row in rows if row.room]
         _extend(self.runner, chosen, [Row(row.sequence, row.start, 1, 1, row.layers) for row in chosen], self.spans,
-                self.action)
+                self.action, self.action)
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing is kept."""
@@ -49,12 +49,14 @@ class SomeLayers(Drafter):
 class SecondModel(Drafter):
     """Another stack with the same vocabulary guesses `most` tokens; its keys lie in the same blocks as the model's.
 
-    It reads every prompt as well. Raises BadOption where the vocabularies differ, or where the served model has no
-    layer that keeps all tokens.
+    It reads every prompt as well. Guesses are made by `action`; with `calibrate` whatever was accepted is read again
+    with its layers in order, which yields the first guess, and nothing that an action left in the caches lasts (the
+    bonus calibration of arXiv 2502.02493). Raises BadOption where the vocabularies differ, or where the served model
+    has no layer that keeps all tokens.
     """
 
-    def __init__(self, stack: DecoderStack, most: int = 4) -> None:
-        self.stack, self.most = stack, most
+    def __init__(self, stack: DecoderStack, most: int = 4, action: Action = in_order, calibrate: bool = False) -> None:
+        self.stack, self.most, self.action, self.calibrate = stack, most, action, calibrate
         self._known: dict[Sequence, int] = {}
 
     def begin(self, runner: Runner) -> None:
@@ -62,10 +64,6 @@ class SecondModel(Drafter):
             raise BadOption(f"guesses from {self.stack.name}, of {self.stack.spec.vocabulary} tokens",
                             expected=f"the {runner.stack.spec.vocabulary} tokens of {runner.stack.name}",
                             do="choose a model with the same tokenizer")
-        full = [index for index, group in enumerate(runner.table.groups) if group.kind == "full"]
-        if not full:
-            raise BadOption(f"guesses beside {runner.stack.name}, which keeps no layer's tokens in full",
-                            expected="a layer without a window or budget", do="use prompt lookup")
         self.runner = Runner(self.stack, _in_group(layer_table(self.stack.spec), full[0]), runner.blocks, runner.block)
         self.spans = [range(len(self.stack))]
 
@@ -73,9 +71,11 @@ class SecondModel(Drafter):
         chosen = [row for row in rows if row.room]
         reading = [row for row in rows if not row.room and row.start < row.sequence.prompt and row.layers.start == 0]
         self._read([self._unread(row, 0) for row in reading])
-        _extend(self.runner, chosen, [self._unread(row, 1) for row in chosen], self.spans, in_order)
+        _extend(self.runner, chosen, [self._unread(row, 1) for row in chosen], self.spans, self.action,
+                in_order if self.calibrate else self.action)
         for row in (*chosen, *reading):
-            self._known[row.sequence] = row.start + row.count + max(0, len(row.drafts) - 1)
+            kept = 0 if self.calibrate else max(0, len(row.drafts) - 1)
+            self._known[row.sequence] = row.start + row.count + kept
 
     def forget(self, sequence: Sequence) -> None:
         self._known.pop(sequence, None)
@@ -102,12 +102,14 @@ def spans(layers: Many[int]) -> list[range]:
     return found
 
 
-def _extend(runner: Runner, rows: list[Row], passes: list[Row], spans: list[range], action: Action) -> None:
-    """Fill the drafts of `rows`; `passes` are the rows of the first pass, each with logits of its last token."""
+def _extend(runner: Runner, rows: list[Row], passes: list[Row], spans: list[range], action: Action,
+            first: Action) -> None:
+    """Fill the drafts of `rows`; `passes` are the rows of the `first` pass, each with logits of its last token."""
     while rows:
         order = sorted(range(len(rows)), key=lambda index: passes[index].size)
         rows, passes = [rows[index] for index in order], [passes[index] for index in order]
-        logits_PV = runner.run(passes, [Entry(tuple(range(len(rows))), span, action) for span in spans])
+        logits_PV = runner.run(passes, [Entry(tuple(range(len(rows))), span, first) for span in spans])
+        first = action
         for row, token in zip(rows, sample(logits_PV, [_position(row) for row in rows]), strict=True):
             row.drafts.append(token)
         rows = [row for row in rows if len(row.drafts) < row.room]

@@ -12,6 +12,7 @@ from layerwise.errors import BadOption
 from layerwise.serve.drafts import Drafter, Lookup, accepted
 from layerwise.serve.engine import Engine
 from layerwise.serve.model_drafts import SecondModel, SomeLayers
+from layerwise.serve.relaxed import InGroups
 from layerwise.serve.request import Params
 from layerwise.serve.table import layer_table
 from layerwise.stack.decoder import DecoderStack
@@ -24,6 +25,9 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "all layers": lambda: SomeLayers(None, most=2),
     "a second model": lambda: SecondModel(random_stack(2, seed=5), most=3),
     "the same model": lambda: SecondModel(random_stack(4), most=4),
+    "relaxed layers": lambda: SomeLayers(None, most=3, action=InGroups(2)),
+    "a relaxed model": lambda: SecondModel(random_stack(4), most=4, action=InGroups(2)),
+    "a calibrated model": lambda: SecondModel(random_stack(4), most=4, action=InGroups(2), calibrate=True),
 }
 TIGHT = {"cache_tokens": 96, "step_tokens": 24, "block": 4}
 
