@@ -64,6 +64,10 @@ class SecondModel(Drafter):
             raise BadOption(f"guesses from {self.stack.name}, of {self.stack.spec.vocabulary} tokens",
                             expected=f"the {runner.stack.spec.vocabulary} tokens of {runner.stack.name}",
                             do="choose a model with the same tokenizer")
+        full = [index for index, group in enumerate(runner.table.groups) if group.kind == "full"]
+        if not full:
+            raise BadOption(f"guesses beside {runner.stack.name}, which keeps no layer's tokens in full",
+                            expected="a layer without a window or budget", do="use prompt lookup")
         self.runner = Runner(self.stack, _in_group(layer_table(self.stack.spec), full[0]), runner.blocks, runner.block)
         self.spans = [range(len(self.stack))]
 
