@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerwise.cli.options import Json, demo_names, full
+from layerwise.cli.options import CachePrecision, Json, Layers, demo_names, full
 from layerwise.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def batch(
     cache_tokens: Annotated[
         int | None, typer.Option("--cache-tokens", help="Tokens kept in the caches of all layers.", min=16)
     ] = None,
+    cache_precision: CachePrecision = "model",
+    layers: Layers = None,
     as_json: Json = False,
 ) -> None:
     """Answer a file of prompts.
@@ -41,7 +43,9 @@ def batch(
         raise MissingExtra(error.name or "pydantic", "serve", "a batch") from error
 
     screen = Screen(as_json)
-    lines = read(prompts, {"model": full(model), "defaults": {"max_tokens": max_tokens}})
+    caches = [cache_precision, layers.read_text() if layers and layers.exists() else ""]
+    lines = read(prompts, {"model": full(model), "defaults": {"max_tokens": max_tokens}}
+                 | ({} if caches == ["model", ""] else {"caches": caches}))
     results = Results(output)
     results.resume(lines)
     before = len(results.done)
@@ -56,11 +60,13 @@ def batch(
         from layerwise.serve.batch import Line
         from layerwise.serve.engine import Engine
         from layerwise.serve.offline import Offline
+        from layerwise.serve.table_file import read_table
         from layerwise.stack.open import open
 
         screen.tell(f"opening {model}")
         stack = open(model)
-        engine = Engine(stack, running=running, cache_tokens=cache_tokens)
+        table = read_table(stack.spec, layers, cache_precision)
+        engine = Engine(stack, running=running, cache_tokens=cache_tokens, table=table)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
         with screen.resumable(), Progress(*columns, console=error_console()) as progress:
             bar = progress.add_task("lines", total=len(lines), completed=before, rate="")

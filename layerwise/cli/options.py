@@ -41,4 +41,11 @@ Data = Annotated[
     str,
     typer.Option("--data", help="Text: default, a .txt/.md/.jsonl file or a folder of them, hf:<data set>:<split>."),
 ]
+CachePrecision = Annotated[
+    str, typer.Option("--cache-precision", help="What caches hold: model (as computed), int8 or int4.")
+]
+Layers = Annotated[
+    Path | None,
+    typer.Option("--layers", help="JSON file that says layer by layer what caches hold; see docs/serve.md."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Draws the text blocks and everything random.")]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerwise.cli.options import Json, Model
+from layerwise.cli.options import CachePrecision, Json, Layers, Model
 from layerwise.cli.screen import Screen
 from layerwise.errors import BadOption, MissingExtra
 
@@ -34,6 +34,8 @@ def serve(
     cache_tokens: Annotated[
         int | None, typer.Option("--cache-tokens", help="Tokens kept in the caches of all layers.", min=16)
     ] = None,
+    cache_precision: CachePrecision = "model",
+    layers: Layers = None,
     prefix_cache: Annotated[bool, typer.Option(help="Share equal beginnings of prompts.")] = True,
     max_prompt: Annotated[int | None, typer.Option("--max-prompt", help="Tokens of a prompt.", min=1)] = None,
     max_body: Annotated[int, typer.Option("--max-body", help="Bytes of a request.", min=64)] = 1 << 20,
@@ -58,10 +60,13 @@ def serve(
         screen.tell(f"opening {model}")
         from layerwise.serve.background import AsyncEngine
         from layerwise.serve.engine import Engine
+        from layerwise.serve.table_file import read_table
         from layerwise.stack.open import open
 
         stack = open(model, dtype=dtype)
-        engine = Engine(stack, running=running, waiting=waiting, cache_tokens=cache_tokens, prefix_cache=prefix_cache)
+        table = read_table(stack.spec, layers, cache_precision)
+        engine = Engine(stack, running=running, waiting=waiting, cache_tokens=cache_tokens, table=table,
+                        prefix_cache=prefix_cache)
         service = _service(AsyncEngine(engine), name or stack.name, max_body, max_prompt, seconds)
         host, port = bound.getsockname()[:2]
         where = f"http://{host}:{port}"

@@ -110,7 +110,7 @@ def _add_views(app: FastAPI, service: Service, guard: Guard) -> None:
 
 def _add_errors(app: FastAPI, service: Service) -> None:
     offered = [f"{method} {route.path}" for route in app.routes if isinstance(route, APIRoute)
-               for method in sorted(route.methods) if route.include_in_schema]
+               for method in sorted(route.methods or ()) if route.include_in_schema]
 
     async def wrong_fields(_: Request, found: Exception) -> Response:
         assert isinstance(found, RequestValidationError | ValidationError)
