@@ -19,7 +19,7 @@ from layerwise.serve.table import LayerTable, Precision, Scorer, layer_table
 from layerwise.spec import StackSpec
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-KEYS = {"precision": (str, dict), "budgets": dict, "scorer": str, "skip": list}
+KEYS: dict[str, type | tuple[type, ...]] = {"precision": (str, dict), "budgets": dict, "scorer": str, "skip": list}
 
 
 def read_table(spec: StackSpec, file: Path | None = None, precision: str = "model"
