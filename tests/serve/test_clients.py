@@ -96,6 +96,28 @@ def test_200_clients_of_whom_some_misbehave(talker: DecoderStack) -> None:
         assert psutil.Process(os.getpid()).memory_info().rss - before < 64 << 20
 
 
+def test_more_than_the_queue_holds_is_told_to_come_again(talker: DecoderStack) -> None:
+    [expected] = Engine(talker, cache_tokens=512).generate(["abc"], Params(max_tokens=TOKENS, stop_ids=()))
+
+    async def one(served: Served) -> tuple[int, bool, str]:
+        reader, writer = await post(served, body("abc", stream=False))
+        head, _, text = (await reader.read()).decode().partition("\r\n\r\n")
+        writer.close()
+        return int(head.split()[1]), "retry-after:" in head.lower(), text
+
+    async def crowd(served: Served) -> list[tuple[int, bool, str]]:
+        return await asyncio.wait_for(asyncio.gather(*(one(served) for _ in range(CLIENTS))), 120)
+
+    with serving(talker, running=2, waiting=4) as served:
+        found = asyncio.run(crowd(served))
+        assert {status for status, _, _ in found} == {200, 429}
+        for status, hint, text in found:
+            assert hint == (status == 429)
+            assert status == 429 or json.loads(text)["choices"][0]["text"] == expected.text
+        assert asyncio.run(good(served, "abc")) == expected.text
+        served.calm()
+
+
 def test_a_cancelled_stream_leaves_the_others_alone(talker: DecoderStack) -> None:
     with serving(talker, running=4) as served:
         client = served.client()

@@ -186,6 +186,13 @@ def test_too_long_a_prompt_is_told_both_numbers(client: openai.OpenAI, served: S
     assert error.value.code == "context_length_exceeded"
 
 
+def test_prompts_may_be_limited_further(talker: DecoderStack) -> None:
+    with serving(talker, bounds=Bounds(prompt=20)) as found:
+        with pytest.raises(openai.BadRequestError, match=r"21.*20"):
+            found.client().completions.create(model="tiny", prompt="a" * 21, max_tokens=2)
+        assert found.client().completions.create(model="tiny", prompt="a" * 20, max_tokens=2).choices
+
+
 def test_errors_have_openais_form(served: Served) -> None:
     status, body, _ = call(f"{served.url}/v1/completions", b'{"prompt": "a", "max_tokens": "many"}')
     assert status == 400 and set(body["error"]) == {"message", "type", "param", "code"}

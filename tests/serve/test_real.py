@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import layerwise as lw
 from layerwise.serve.drafts import Lookup
@@ -30,3 +31,16 @@ def test_greedy_text_is_that_of_plain_decoding(exact: DecoderStack) -> None:
         assert list(completion.tokens) == greedy(exact, completion.prompt, 10)
         assert completion.text == exact.tokenizer.decode(completion.tokens, special=False)
     engine.check_integrity()
+
+
+def test_greedy_tokens_are_those_of_transformers(exact: DecoderStack) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(exact.folder, dtype=torch.float32)
+    asked = [*PROMPTS, " ".join(f"{number} times {number + 1} is {number * (number + 1)}," for number in range(40))]
+    engine = Engine(exact, cache_tokens=2048, step_tokens=100)
+    for completion in engine.generate(asked, Params(max_tokens=12, stop_ids=())):
+        ids = torch.tensor([completion.prompt])
+        whole = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                                eos_token_id=None, pad_token_id=0)
+        assert list(completion.tokens) == whole[0, ids.shape[1] :].tolist()
