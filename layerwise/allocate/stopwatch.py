@@ -24,8 +24,8 @@ from layerwise.io.places import cache_folder
 from layerwise.measure.timing import median_seconds
 from layerwise.nets.decoder import Block, Decoder
 from layerwise.nets.factored import build_linear
-from layerwise.nets.flow import Flow, LayerCache
-from layerwise.spec import Attention, Format, LayerSpec, Opaque, StackSpec
+from layerwise.nets.flow import AnyCache, Flow, LayerCache, StateCache
+from layerwise.spec import Attention, Format, LayerSpec, Opaque, StackSpec, StateSpace
 
 MOST_COPIES = 24
 
@@ -91,7 +91,7 @@ class Stopwatch:
 
     def _time_rest(self, row: LayerSpec) -> float:
         blocks = self._copies(1, lambda: _without_matrices(Block(row, self.spec.hidden)))
-        caches = {layer: self._cache(row) for layer in range(len(blocks))}
+        caches: dict[int, AnyCache] = {layer: self._cache(row) for layer in range(len(blocks))}
         starts = iter(range(self.past, self.spec.context + self.tokens, self.tokens))
 
         def run() -> None:
@@ -106,7 +106,9 @@ class Stopwatch:
 
         return self._median(run) / len(blocks)
 
-    def _cache(self, row: LayerSpec) -> LayerCache:
+    def _cache(self, row: LayerSpec) -> AnyCache:
+        if isinstance(row.mixer, StateSpace):
+            return StateCache(length=self.past)
         cache = LayerCache()
         if isinstance(row.mixer, Attention) and row.mixer.shares is None:
             cache.append(*self._ones(row.mixer, self.past))

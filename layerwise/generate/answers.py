@@ -16,7 +16,6 @@ from torch import Tensor
 from layerwise.data.batch import common_prefix, slices
 from layerwise.errors import BadData
 from layerwise.generate.sample import next_logits
-from layerwise.nets.flow import LayerCache
 from layerwise.stack.decoder import Caches, DecoderStack
 
 
@@ -55,7 +54,8 @@ def answers(
         for part in slices(len(alike), batch):
             places = alike[part]
             tokens_BT = torch.tensor([list(prompts[place][shared:]) for place in places])
-            rows = _batch(stack, tokens_BT, _copies(caches, len(places)), tokens, stop)
+            copies = {layer: cache.copied(len(places)) for layer, cache in caches.items()}
+            rows = _batch(stack, tokens_BT, copies, tokens, stop)
             found |= dict(zip(places, rows, strict=True))
     said, at_prompt, at_answer, confidence = zip(*(found[place] for place in range(len(prompts))), strict=True)
     return Answers(said, torch.stack(at_prompt), torch.stack(at_answer), torch.tensor(confidence))
@@ -92,14 +92,3 @@ def _step(stack: DecoderStack, tokens_BT: Tensor, caches: Caches) -> tuple[Tenso
         logits_BV = next_logits(stack, tokens_BT, caches)
     states = [seen[layer, "output"][:, -1].float().cpu() for layer in range(len(stack))]
     return logits_BV, torch.stack(states, 1)
-
-
-def _copies(caches: Caches, count: int) -> Caches:
-    """`count` copies of a sequence that has run."""
-    copies: Caches = {}
-    for layer, cache in caches.items():
-        copies[layer] = LayerCache()
-        if cache.k is not None and cache.v is not None:
-            k, v = (store[:, :, : cache.length].expand(count, -1, -1, -1) for store in (cache.k, cache.v))
-            copies[layer].append(k, v)
-    return copies

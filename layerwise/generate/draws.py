@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from layerwise.generate.sample import Sampling, next_logits
-from layerwise.nets.flow import LayerCache
 from layerwise.stack.decoder import Caches, DecoderStack
 
 
@@ -24,7 +23,7 @@ def draws(
     """
     caches: Caches = {}
     logits_RV = next_logits(stack, tokens_BT, caches).repeat_interleave(count, 0)
-    caches = {layer: _repeated(cache, count) for layer, cache in caches.items()}
+    caches = {layer: cache.copied(count) for layer, cache in caches.items()}
     said: list[Tensor] = []
     stopped_R = torch.zeros(len(logits_RV), dtype=torch.bool)
     for step in range(tokens):
@@ -35,12 +34,3 @@ def draws(
         if bool(stopped_R.all()):
             break
     return torch.stack(said, 1).view(len(tokens_BT), count, -1)
-
-
-def _repeated(cache: LayerCache, count: int) -> LayerCache:
-    """Every row `count` times."""
-    assert cache.k is not None and cache.v is not None
-    copies = LayerCache()
-    copies.k, copies.v = (kept.repeat_interleave(count, 0) for kept in (cache.k, cache.v))
-    copies.length = cache.length
-    return copies

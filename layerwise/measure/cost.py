@@ -18,10 +18,9 @@ import torch
 from layerwise.measure.base import Call, PerLayer
 from layerwise.measure.seen import Vectors
 from layerwise.measure.timing import median_seconds
-from layerwise.nets.flow import LayerCache
 from layerwise.spec import Attention, LayerSpec
 from layerwise.stack.base import Stack
-from layerwise.stack.decoder import DecoderStack
+from layerwise.stack.decoder import Caches, DecoderStack
 
 
 def flops(row: LayerSpec, hidden: int, prompt: int) -> float:
@@ -80,7 +79,7 @@ class Cost(PerLayer):
         one = slice(layer, layer + 1)
         state = stack.start(tokens_1T)
         prefill = self._time(stack, lambda: stack.run(state.moved(state.hidden, layer), one))
-        caches: dict[int, LayerCache] = {}
+        caches: Caches = {}
         stack.run(stack.start(tokens_1T, caches=caches), one)
         steps = iter([stack.start(tokens_1T[:, -1:], caches=caches) for _ in range(self.repeats + 1)])
         decode = self._time(stack, lambda: stack.run(next(steps), one))

@@ -77,7 +77,10 @@ class Attention(nn.Module):
 
 
 def rotate(x_BHTD: Tensor, flow: Flow, a: spec.Attention) -> Tensor:
-    """Every pair of channels turned by its token's position."""
+    """Every pair of channels turned by its token's position; those after the part that turns stay."""
     assert a.rope is not None
-    cos, sin = flow.rotation(a.rope, a.head_dim)
-    return torch.addcmul(x_BHTD * cos, x_BHTD.roll(a.head_dim // 2, -1), sin)
+    width = int(a.head_dim * a.rope.part)
+    cos, sin = flow.rotation(a.rope, width)
+    turning_BHTD = x_BHTD if width == a.head_dim else x_BHTD[..., :width]
+    turned_BHTD = torch.addcmul(turning_BHTD * cos, turning_BHTD.roll(width // 2, -1), sin)
+    return turned_BHTD if width == a.head_dim else torch.cat([turned_BHTD, x_BHTD[..., width:]], -1)

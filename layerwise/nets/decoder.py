@@ -17,15 +17,17 @@ from layerwise.nets.dense import linear
 from layerwise.nets.factored import Matrix, build_linear
 from layerwise.nets.feed_forward import build_feed_forward
 from layerwise.nets.flow import Flow
+from layerwise.nets.mixers import build_mixer
 from layerwise.nets.norms import build_norm
 from layerwise.nets.packed import PackedEmbedding
 from layerwise.spec import Attention as AttentionSpec
-from layerwise.spec import Format, LayerSpec, StackSpec
+from layerwise.spec import Format, LayerSpec, Mixer, StackSpec
 
 M = TypeVar("M", bound=nn.Module)
 Part = Literal["attention", "feed_forward"]
 MATRICES: dict[str, Part] = {
     "q": "attention", "k": "attention", "v": "attention", "o": "attention",
+    "in_proj": "attention", "out_proj": "attention",
     "gate": "feed_forward", "up": "feed_forward", "down": "feed_forward",
 }
 
@@ -45,14 +47,17 @@ class Branch(nn.Module):
 
 
 class Block(nn.Module):
-    """One row: x + attention(x), then x + feed_forward(x); either half may be absent."""
+    """One row: x + attention(x), then x + feed_forward(x); either half may be absent.
+
+    `attention` is the half that mixes tokens, whatever the row's mixer is.
+    """
 
     def __init__(self, row: LayerSpec, hidden: int) -> None:
         super().__init__()
         self.attention: Branch | None = None
         self.feed_forward: Branch | None = None
-        if isinstance(row.mixer, AttentionSpec):
-            self.attention = Branch(Attention(row.mixer, hidden, row.norm), row, hidden)
+        if isinstance(row.mixer, Mixer):
+            self.attention = Branch(build_mixer(row.mixer, hidden, row.norm), row, hidden)
         if row.feed_forward is not None:
             self.feed_forward = Branch(build_feed_forward(row.feed_forward, hidden), row, hidden)
         for name in {**row.formats, **row.ranks}:
@@ -68,7 +73,7 @@ class Block(nn.Module):
         return x_BTC
 
     def matrix(self, name: str) -> Matrix:
-        """The linear layer called `name` (q, k, v, o, gate, up, down)."""
+        """The linear layer called `name` (q, k, v, o, in_proj, out_proj, gate, up, down)."""
         return getattr(self.branch(name).body, name)  # type: ignore[no-any-return]
 
     def matrices(self) -> dict[str, Matrix]:

@@ -1,4 +1,4 @@
-"""What all layers share during one pass: positions, masks, rotations and the key-value caches.
+"""What all layers share during one pass: positions, masks, rotations and the caches.
 
 Shapes: B batch, T new tokens, S cached plus new tokens, H heads, D head width.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, T new tokens, S cached plus new tokens, H heads, D head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor
 
 from layerwise.nets.softmax import softmax_attention
 from layerwise.spec import Attention, Rope
+
+Recurrence = Callable[[Tensor, tuple[Tensor, ...] | None, Tensor | None], tuple[Tensor, tuple[Tensor, ...]]]
+"""Inputs [B, T, U], what is kept of the tokens before (None: there are none), and how many tokens of each row are
+real (None: all) give outputs [B, T, I] and what is kept after them, tensors [B, ...] that are never changed in place.
+"""
 
 
 class LayerCache:
@@ -32,6 +38,32 @@ class LayerCache:
         self.v[:, :, self.length : end] = v_BHTD
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def copied(self, times: int = 1) -> LayerCache:
+        """A cache that goes on by itself, every row `times` times; appending to it copies and never overwrites."""
+        twin = LayerCache()
+        if self.k is not None and self.v is not None:
+            k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
+            twin.k, twin.v = (k, v) if times == 1 else (k.repeat_interleave(times, 0), v.repeat_interleave(times, 0))
+            twin.length = self.length
+        return twin
+
+
+@dataclass
+class StateCache:
+    """What a recurrent layer keeps of the `length` tokens so far, tensors [B, ...]."""
+
+    kept: tuple[Tensor, ...] | None = None
+    length: int = 0
+
+    def copied(self, times: int = 1) -> StateCache:
+        """A cache that goes on by itself, every row `times` times."""
+        if self.kept is None or times == 1:
+            return StateCache(self.kept, self.length)
+        return StateCache(tuple(tensor.repeat_interleave(times, 0) for tensor in self.kept), self.length)
+
+
+AnyCache = LayerCache | StateCache
 
 
 def _room(store: Tensor | None, new: Tensor, used: int, end: int) -> Tensor:
@@ -53,16 +85,22 @@ class Flow:
 
     positions_BT: Tensor
     valid_BS: Tensor | None = None
-    caches: dict[int, LayerCache] | None = None
+    caches: dict[int, AnyCache] | None = None
     past: int = 0
     dtype: torch.dtype = torch.float32
     sources: frozenset[int] = frozenset()
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _rotations: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _orders: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
     def cache(self, layer: int) -> LayerCache | None:
-        return None if self.caches is None else self.caches.setdefault(layer, LayerCache())
+        found = None if self.caches is None else self.caches.setdefault(layer, LayerCache())
+        return found  # type: ignore[return-value]
+
+    def state(self, layer: int) -> StateCache | None:
+        found = None if self.caches is None else self.caches.setdefault(layer, StateCache())
+        return found  # type: ignore[return-value]
 
     def attend(self, a: Attention, layer: int, q_BHTD: Tensor, k_BKTD: Tensor | None = None,
                v_BKTD: Tensor | None = None) -> Tensor:
@@ -83,6 +121,27 @@ class Flow:
         if layer in self.sources:
             self._kept[layer] = both
         return both
+
+    def recur(self, layer: int, advance: Recurrence, u_BTU: Tensor) -> Tensor:
+        """What a recurrence makes of the new tokens, [B, T, I]; it goes on from the layer's cache, if any.
+
+        Padding is passed by, wherever it stands; its own outputs mean nothing.
+        """
+        cache, order = self.state(layer), self.order()
+        if order is not None:  # real tokens first, in their order
+            u_BTU = u_BTU.gather(1, order[0][..., None].expand_as(u_BTU))
+        y_BTI, kept = advance(u_BTU, None if cache is None else cache.kept, None if order is None else order[1])
+        if cache is not None:
+            cache.kept, cache.length = kept, cache.length + u_BTU.shape[1]
+        if order is None:
+            return y_BTI
+        return torch.zeros_like(y_BTI).scatter(1, order[0][..., None].expand_as(y_BTI), y_BTI)
+
+    def order(self) -> tuple[Tensor, Tensor] | None:
+        """The places of the new tokens, real ones first [B, T], and how many of each row are real; None: all are."""
+        if not self._orders:
+            self._orders.append(None if self.valid_BS is None else _real_first(self.valid_BS[:, self.past :]))
+        return self._orders[0]
 
     def provide(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor) -> None:
         """Keys and values of a layer that this pass does not run, for those that share them."""
@@ -127,6 +186,12 @@ class Flow:
         seen_BTS = seen_TS & self.valid_BS[:, None, :]
         itself_TS = key_S == query_T1  # a padded query sees itself, so that no row of the softmax is empty
         return (seen_BTS | itself_TS)[:, None]
+
+
+def _real_first(valid_BT: Tensor) -> tuple[Tensor, Tensor] | None:
+    if bool(valid_BT.all()):
+        return None
+    return torch.argsort((~valid_BT).to(torch.uint8), dim=1, stable=True), valid_BT.sum(1)
 
 
 def frequencies(rope: Rope, width: int) -> Tensor:

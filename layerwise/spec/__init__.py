@@ -6,11 +6,11 @@ equals what a saved file holds (a test compares the two).
 """
 
 from layerwise.spec.formats import BITS, DTYPE_BYTES, SCALE_BITS, Format
-from layerwise.spec.mixers import Attention, Opaque, Rope
+from layerwise.spec.mixers import Attention, Mixer, Opaque, Rope, StateSpace
 from layerwise.spec.row import FeedForward, LayerSpec, Norm, describe
 from layerwise.spec.stack import StackSpec
 
 __all__ = [
-    "BITS", "DTYPE_BYTES", "SCALE_BITS", "Attention", "FeedForward", "Format", "LayerSpec", "Norm", "Opaque", "Rope",
-    "StackSpec", "describe",
+    "BITS", "DTYPE_BYTES", "SCALE_BITS", "Attention", "FeedForward", "Format", "LayerSpec", "Mixer", "Norm",
+    "Opaque", "Rope", "StackSpec", "StateSpace", "describe",
 ]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from layerwise.errors import BadOption
+from layerwise.spec.formats import DTYPE_BYTES
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: base `theta`, and the scaling that stretches it over long contexts."""
+    """Rotary position embedding: base `theta`, and the scaling that stretches it over long contexts.
+
+    `part` is the share of a head's channels that turn, from the first on.
+    """
 
     theta: float = 10_000.0
     kind: Literal["default", "linear", "llama3"] = "default"
@@ -16,6 +23,7 @@ class Rope:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_context: int = 8192
+    part: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,69 @@ class Attention:
         bias = (query + 2 * key) * self.qkv_bias + hidden * self.out_bias
         return bias + (1 if self.shares is not None else 2) * self.head_dim * self.qk_norm
 
+    def describe(self) -> str:
+        span = f"window {self.window}" if self.window else "full"
+        shared = "" if self.shares is None else f", keys of layer {self.shares}"
+        return f"attention {self.heads}/{self.kv_heads}x{self.head_dim} {span}{shared}"
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """A selective state space, Mamba-2 (arXiv 2405.21060): a state of `heads` x `head_dim` x `state` numbers that every
+    token decays and adds to.
+
+    `groups` of heads share the vectors that write to and read from the state. Before it, a causal convolution looks at
+    `conv` tokens. Time steps stay within `shortest` and `longest` (None: no limit).
+    """
+
+    heads: int
+    head_dim: int
+    state: int
+    groups: int = 1
+    conv: int = 4
+    conv_bias: bool = True
+    bias: bool = False
+    shortest: float = 0.0
+    longest: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.heads % self.groups or self.conv < 2:
+            raise BadOption(f"{self.heads} heads in {self.groups} groups after a convolution of {self.conv}",
+                            expected="groups that divide the heads, and a convolution of 2 tokens or more",
+                            do="correct the row")
+
+    @property
+    def inner(self) -> int:
+        """Channels of the state's input and output."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: the input, and what writes and reads for every group."""
+        return self.inner + 2 * self.groups * self.state
+
+    def matrices(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """`in_proj` makes gate, convolved channels and a time step for every head, one above the other."""
+        return {"in_proj": (self.inner + self.channels + self.heads, hidden), "out_proj": (hidden, self.inner)}
+
+    def vectors(self, hidden: int) -> int:
+        """Parameters that are not matrices: convolution, norm, biases, and decay, skip and step bias of every head."""
+        bias = (self.inner + self.channels + self.heads + hidden) * self.bias
+        return self.channels * (self.conv + self.conv_bias) + 3 * self.heads + self.inner + bias
+
+    @property
+    def kept(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of what a sequence keeps: the last inputs of the convolution, and the state."""
+        return (self.conv - 1, self.channels), (self.heads, self.head_dim, self.state)
+
+    def state_bytes(self, dtype: str) -> int:
+        """Bytes of what a sequence keeps: the state in float32, the rest in `dtype`."""
+        tail, state = self.kept
+        return DTYPE_BYTES[dtype] * math.prod(tail) + 4 * math.prod(state)
+
+    def describe(self) -> str:
+        return f"state space {self.heads}x{self.head_dim}x{self.state}"
+
 
 @dataclass(frozen=True)
 class Opaque:
@@ -57,3 +128,7 @@ class Opaque:
     type: str
     parameters: int
     bytes: int
+
+
+Mixer = Attention | StateSpace
+"""What layerwise builds itself."""

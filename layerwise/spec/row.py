@@ -9,7 +9,7 @@ from typing import Literal
 
 from layerwise.errors import BadOption
 from layerwise.spec.formats import DTYPE_BYTES, Format
-from layerwise.spec.mixers import Attention, Opaque
+from layerwise.spec.mixers import Mixer, Opaque
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class FeedForward:
 class LayerSpec:
     """One row: what the layer is and how each of its matrices is stored.
 
-    `formats` maps a matrix name (q, k, v, o, gate, up, down) to its packed format; a matrix that is
-    not named is dense in the stack's dtype. `ranks` maps a matrix name to R where the matrix is stored as the
-    product of two factors, [outputs, R] and [R, inputs], both in the matrix's format. `mixer` or `feed_forward`
-    is None where that half is gone.
+    `formats` maps a matrix name (q, k, v, o, in_proj, out_proj, gate, up, down) to its packed format; a
+    matrix that is not named is dense in the stack's dtype. `ranks` maps a matrix name to R where the matrix is stored
+    as the product of two factors, [outputs, R] and [R, inputs], both in the matrix's format. `mixer` or
+    `feed_forward` is None where that half is not there.
     """
 
-    mixer: Attention | Opaque | None
+    mixer: Mixer | Opaque | None
     feed_forward: FeedForward | None
     norm: Norm = Norm()
     post_norm: bool = False
@@ -73,8 +73,8 @@ class LayerSpec:
 
     def matrices(self, hidden: int) -> dict[str, tuple[int, int]]:
         """Name to (outputs, inputs) of every matrix that can be packed; experts are stacked on outputs."""
-        attention = self.mixer.matrices(hidden) if isinstance(self.mixer, Attention) else {}
-        return attention | (self.feed_forward.matrices(hidden) if self.feed_forward else {})
+        mixing = self.mixer.matrices(hidden) if isinstance(self.mixer, Mixer) else {}
+        return mixing | (self.feed_forward.matrices(hidden) if self.feed_forward else {})
 
     def stored(self, hidden: int) -> dict[str, tuple[tuple[int, int], ...]]:
         """Name to the (outputs, inputs) of what is stored for a matrix: itself, or its two factors."""
@@ -85,7 +85,7 @@ class LayerSpec:
         """Number of parameters outside the matrices."""
         norms = (1 + self.post_norm) * self.norm.parameters(hidden)
         total = 0
-        if isinstance(self.mixer, Attention):
+        if isinstance(self.mixer, Mixer):
             total += norms + self.mixer.vectors(hidden)
         if self.feed_forward:
             total += norms + self.feed_forward.vectors(hidden)
@@ -114,13 +114,7 @@ def describe(row: LayerSpec) -> str:
     """One line of text for one row."""
     if isinstance(row.mixer, Opaque):
         return f"{row.mixer.type} at {row.mixer.path}"
-    parts = []
-    if row.mixer is None:
-        parts.append("no attention")
-    else:
-        span = f"window {row.mixer.window}" if row.mixer.window else "full"
-        shared = "" if row.mixer.shares is None else f", keys of layer {row.mixer.shares}"
-        parts.append(f"attention {row.mixer.heads}/{row.mixer.kv_heads}x{row.mixer.head_dim} {span}{shared}")
+    parts = ["no attention" if row.mixer is None else row.mixer.describe()]
     if row.feed_forward is None:
         parts.append("no feed-forward")
     else:

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from layerwise.errors import BadOption
 
-TAGGED = ("Attention", "FeedForward", "Opaque")
+TAGGED = ("Attention", "FeedForward", "Opaque", "StateSpace")
 """Classes that are written with their name, since another may stand in their place."""
 
 
@@ -67,7 +67,8 @@ def _item(hint: Any, item: Any) -> Any:
         return item
     if get_origin(hint) is Mapping:
         return {key: _item(get_args(hint)[1], each) for key, each in item.items()}
-    found = {cls.__name__: cls for cls in (hint, *get_args(hint)) if dataclasses.is_dataclass(cls)}
+    found = {cls.__name__: cls for cls in (hint, *get_args(hint))
+             if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
     if not found:
         return item
     kind = item.get("kind_of", next(iter(found)) if len(found) == 1 else None)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from layerwise.errors import BadModel, BadOption
 from layerwise.io.weights import Weights, is_finite
 from layerwise.nets.decoder import Block, Decoder
-from layerwise.nets.flow import Flow, LayerCache
+from layerwise.nets.flow import AnyCache, Flow
 from layerwise.spec import Attention, LayerSpec, StackSpec
 from layerwise.stack.base import Site, Stack, State
 
 if TYPE_CHECKING:
     from layerwise.io.tokenizer import Tokenizer
 
-Caches = dict[int, LayerCache]
+Caches = dict[int, AnyCache]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
          "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadOption
-from layerwise.nets.flow import LayerCache
 from layerwise.stack.base import State
 from layerwise.stack.decoder import Caches, DecoderStack
 
@@ -71,10 +70,5 @@ class Tail:
         return logits_B1V[:, 0]
 
     def _kept(self) -> Caches:
-        """The prefix's keys and values without spare room, so that appending copies and never overwrites."""
-        copies = Caches()
-        for layer, cache in self._before.items():
-            kept = copies[layer] = LayerCache()
-            assert cache.k is not None and cache.v is not None
-            kept.k, kept.v, kept.length = cache.k[:, :, :cache.length], cache.v[:, :, :cache.length], cache.length
-        return copies
+        """The prefix's caches, copied so that what is run on them leaves the originals as they are."""
+        return {layer: cache.copied() for layer, cache in self._before.items()}

@@ -25,7 +25,7 @@ from layerwise.errors import BadData, BadOption
 from layerwise.nets.decoder import Block
 from layerwise.nets.factored import FactoredLinear, Matrix
 from layerwise.nets.packed import PackedLinear
-from layerwise.spec import Attention, FeedForward, LayerSpec, Opaque
+from layerwise.spec import Attention, FeedForward, LayerSpec, Opaque, StateSpace
 from layerwise.transform.base import Stats, Transform
 from layerwise.transform.gptq import check_gram
 from layerwise.transform.low_rank import linear
@@ -65,8 +65,8 @@ class Narrow(Transform):
         object.__setattr__(self, "needs", frozenset({"gram"} if self.by == "error" else ()))
 
     def edit(self, row: LayerSpec, hidden: int) -> LayerSpec:
-        """The narrower row. Raises BadOption for an opaque layer, routed experts, keys of another layer, and
-        for more than there is.
+        """The narrower row. Raises BadOption for an opaque layer, routed experts, a state space, keys of another
+        layer, and for more than there is.
         """
         if isinstance(row.mixer, Opaque):
             raise BadOption(f"narrowing {row.mixer.path}, which layerwise did not build",
@@ -78,6 +78,9 @@ class Narrow(Transform):
                                 do="leave the layer out")
             feed_forward = replace(feed_forward, width=_fewer(self.width, feed_forward.width, "channels"))
         if self.kv_heads is not None and mixer is not None:
+            if isinstance(mixer, StateSpace):
+                raise BadOption("narrowing the key-value heads of a state space", expected="attention",
+                                do="leave the layer out")
             if mixer.shares is not None:
                 raise BadOption(f"narrowing heads that read the keys of layer {mixer.shares}",
                                 expected="attention with keys and values of its own", do="leave the layer out")

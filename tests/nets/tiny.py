@@ -43,6 +43,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe-some-dense": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
                                            "moe_intermediate_size": 24, "norm_topk_prob": False,
                                            "mlp_only_layers": [1]}),
+    "mamba2": ("mamba2", {"num_heads": 12, "head_dim": 8, "state_size": 16, "n_groups": 2}),
+    "mamba2-bare": ("mamba2", {"num_heads": 6, "head_dim": 16, "state_size": 8, "n_groups": 1, "conv_kernel": 2,
+                               "use_conv_bias": False, "tie_word_embeddings": True}),
+    "bamba": ("bamba", {"mamba_n_heads": 12, "mamba_d_state": 16, "mamba_n_groups": 2, "attn_layer_indices": [1]}),
+    "bamba-biases": ("bamba", {"mamba_n_heads": 6, "mamba_d_state": 8, "attn_layer_indices": [0, 2],
+                               "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
 }
 """Name to (model type, configuration on top of SHARED)."""
 

@@ -11,5 +11,7 @@ FAMILIES = Registry("family", {
     "gpt2": "layerwise.nets.families.gpt2:GPT2",
     "mixtral": "layerwise.nets.families.mixtral:Mixtral",
     "qwen3_moe": "layerwise.nets.families.qwen3_moe:Qwen3Moe",
+    "mamba2": "layerwise.nets.families.mamba2:Mamba2",
+    "bamba": "layerwise.nets.families.bamba:Bamba",
 })
 """Keyed by the `model_type` of a Hugging Face configuration."""
