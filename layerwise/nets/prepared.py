@@ -27,6 +27,9 @@ from layerwise.nets.packed import PackedLinear
 FEW_TOKENS = 16
 """Up to this many tokens one fused kernel on twice the width is faster than the five of the plain norm."""
 
+MANY_TOKENS = 48
+"""Above this a packed layer's product is a dense one anyway, which then need not be rounded."""
+
 
 class PrepackedLinear(nn.Module):
     """A dense linear layer whose weight lies as oneDNN wants it; bfloat16 on a CPU, nothing is differentiated.
@@ -95,6 +98,8 @@ class Narrow(nn.Module):
         self.inner, self.dtype = inner, dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.inner, PackedLinear) and x.numel() > MANY_TOKENS * x.shape[-1]:
+            return self.inner(x)  # type: ignore[no-any-return]
         return self.inner(x.to(self.dtype)).float()  # type: ignore[no-any-return]
 
     def logits(self, x: Tensor) -> Tensor:

@@ -40,7 +40,11 @@ class Drafter(ABC):
 
 
 class Lookup(Drafter):
-    """Prompt lookup: what followed the last `longest` to `shortest` tokens when they came before."""
+    """Prompt lookup: what followed the last `longest` to `shortest` tokens when they came before.
+
+    A sequence gets twice as many guesses as before where all were right, up to `most`, and otherwise one more than
+    were: what was said twice will be said again, and wrong guesses cost time.
+    """
 
     def __init__(self, most: int = 8, longest: int = 4, shortest: int = 2) -> None:
         self.most, self.longest, self.shortest = most, longest, shortest
@@ -52,20 +56,30 @@ class Lookup(Drafter):
     def draft(self, rows: Many[Row]) -> None:
         for row in rows:
             if row.room:
-                seen = self._seen.setdefault(row.sequence, _Seen(self.shortest, self.longest))
-                row.drafts = seen.after(row.sequence.tokens, row.room)
+                seen = self._seen.setdefault(row.sequence, _Seen(self.shortest, self.longest, self.most))
+                seen.learn(row.sequence, self.most)
+                row.drafts = seen.after(row.sequence.tokens, min(row.room, seen.limit))
 
     def forget(self, sequence: Sequence) -> None:
         self._seen.pop(sequence, None)
 
 
 class _Seen:
-    """Where every run of some lengths was last seen in one sequence."""
+    """Where every run of some lengths was last seen in one sequence, and how many guesses are worth making."""
 
-    def __init__(self, shortest: int, longest: int) -> None:
+    def __init__(self, shortest: int, longest: int, limit: int = 8) -> None:
         self.sizes = range(longest, shortest - 1, -1)
         self.places: dict[tuple[int, ...], int] = {}
         self.known = 0
+        self.limit = limit
+        self.drafted = self.accepted = 0
+
+    def learn(self, sequence: Sequence, most: int) -> None:
+        """Set `limit` by what came of the guesses since the last call."""
+        made, right = sequence.drafted - self.drafted, sequence.accepted - self.accepted
+        if made:
+            self.limit = min(most, 2 * self.limit if right == made else right + 1)
+        self.drafted, self.accepted = sequence.drafted, sequence.accepted
 
     def after(self, tokens: list[int], count: int) -> list[int]:
         """`count` tokens that followed the longest known run that the tokens end with; over again where they end."""

@@ -13,7 +13,8 @@ from layerwise.serve.drafts import Drafter, Lookup, accepted
 from layerwise.serve.engine import Engine
 from layerwise.serve.model_drafts import SecondModel, SomeLayers
 from layerwise.serve.relaxed import InGroups
-from layerwise.serve.request import Params
+from layerwise.serve.request import Params, Request
+from layerwise.serve.sequence import Row, Sequence
 from layerwise.serve.table import layer_table
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
@@ -105,3 +106,16 @@ def test_drafters_that_do_not_fit_are_refused(stack: DecoderStack) -> None:
     budgets = layer_table(stack.spec, budgets=dict.fromkeys(range(4), 8))
     with pytest.raises(BadOption, match="in full"):
         Engine(stack, table=budgets, drafter=SecondModel(random_stack(2)))
+
+
+def test_lookup_guesses_as_many_as_come_true() -> None:
+    request = Request(tuple([1, 2, 3, 4, 5, 6, 7, 8] * 3), Params())
+    sequence = Sequence(request, 0, 64, 0, [])
+    row, lookup = Row(sequence, 23, 1, 1, range(1), room=8), Lookup()
+    sizes = []
+    for right in (2, 3, 0, 1, 2, 4, 8):
+        lookup.draft([row])
+        sizes.append(len(row.drafts))
+        sequence.drafted += len(row.drafts)
+        sequence.accepted += min(right, len(row.drafts))
+    assert sizes == [8, 3, 6, 1, 2, 4, 8]

