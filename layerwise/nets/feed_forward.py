@@ -65,27 +65,30 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_NC = x.reshape(-1, x.shape[-1])
-        share_NE = F.softmax(self.router(x_NC), dim=-1, dtype=torch.float32)
-        share_NK, chosen_NK = share_NE.topk(self.spec.experts_per_token, dim=-1)
-        if self.spec.normalize_router:
-            share_NK = share_NK / share_NK.sum(-1, keepdim=True)
+        share_NK, chosen_NK = self.chosen(self.router(x_NC))
         out_NC = torch.zeros_like(x_NC)
-        for expert in chosen_NK.unique().tolist():
+        experts = chosen_NK.unique().tolist()
+        weights = [self._weights(name, experts, x.dtype) for name in ("gate", "up", "down")]
+        for expert, gate, up, down in zip(experts, *weights, strict=True):
             token, slot = (chosen_NK == expert).nonzero(as_tuple=True)
-            y = self._expert(x_NC[token], expert) * share_NK[token, slot, None].to(x.dtype)
-            out_NC.index_add_(0, token, y)
+            part_nC = x_NC[token]
+            y_nC = linear(self.act(linear(part_nC, gate)) * linear(part_nC, up), down)
+            out_NC.index_add_(0, token, y_nC * share_NK[token, slot, None].to(x.dtype))
         return out_NC.view_as(x)
 
-    def _expert(self, x_NC: Tensor, expert: int) -> Tensor:
-        gate, up, down = (self._weight(name, expert, x_NC.dtype) for name in ("gate", "up", "down"))
-        return linear(self.act(linear(x_NC, gate)) * linear(x_NC, up), down)
+    def chosen(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """The share of each chosen expert and its number, both [N, K], from the router's logits."""
+        share_NK, chosen_NK = F.softmax(logits_NE, dim=-1, dtype=torch.float32).topk(self.spec.experts_per_token, -1)
+        return share_NK / share_NK.sum(-1, keepdim=True) if self.spec.normalize_router else share_NK, chosen_NK
 
-    def _weight(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+    def _weights(self, name: str, experts: list[int], dtype: torch.dtype) -> list[Tensor]:
+        """The matrix `name` of each of some experts; all parts are cut at once, so that gradients are joined once."""
         matrix = getattr(self, name)
         if isinstance(matrix, nn.Linear):
-            return matrix.weight.chunk(self.spec.experts)[expert]
+            parts = matrix.weight.chunk(self.spec.experts)
+            return [parts[expert] for expert in experts]
         size = matrix.out_features // self.spec.experts
-        return matrix.dense_rows(expert * size, (expert + 1) * size, dtype)  # type: ignore[no-any-return]
+        return [matrix.dense_rows(expert * size, (expert + 1) * size, dtype) for expert in experts]
 
 
 def build_feed_forward(feed_forward: spec.FeedForward, hidden: int) -> FeedForward | Experts:

@@ -83,7 +83,7 @@ class PrefixTree:
         return node
 
     def evict(self, group: int, count: int) -> bool:
-        """Let nodes go until `group` has `count` free blocks; False, and none goes, where those in use leave too few."""
+        """Let nodes go until `group` has `count` free blocks; False, and none goes, where too many are in use."""
         pool = self.pools[group]
         if pool.free < count and pool.free + self._idle_nodes() < count:
             return False
