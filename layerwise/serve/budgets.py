@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.serve.caches import Caches
 from layerwise.serve.placed import placed
+from layerwise.serve.pool import Pool
 from layerwise.serve.runner import Runner
 from layerwise.serve.sequence import Row
 from layerwise.serve.table import Scorer
 
 SINKS = 4
 RECENT = 32
+POOL = 5
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -38,11 +41,14 @@ def norm(k_SKD: Tensor, q_WHD: Tensor) -> Tensor:
 
 
 def attention(k_SKD: Tensor, q_WHD: Tensor) -> Tensor:
-    """Tokens that the last queries attend to, over all heads (arXiv 2404.14469)."""
-    heads, width = q_WHD.shape[1:]
+    """Tokens that the last queries, those of the last W slots, attend to, over all heads; averaged over POOL neighbours,
+    so that what stands around a token that matters stays with it (SnapKV, arXiv 2404.14469; there for every head)."""
+    window, heads, width = q_WHD.shape
     k_SHD = k_SKD.float().repeat_interleave(heads // k_SKD.shape[1], 1)
     logits_HWS: Tensor = torch.einsum("whd,shd->hws", q_WHD.float(), k_SHD) * width**-0.5
-    return logits_HWS.softmax(-1).sum((0, 1))
+    later_WS = torch.ones(logits_HWS.shape[1:], dtype=torch.bool, device=k_SKD.device).triu(len(k_SKD) - window + 1)
+    weights_S = logits_HWS.masked_fill(later_WS, float("-inf")).softmax(-1).sum((0, 1))
+    return F.avg_pool1d(weights_S[None], POOL, stride=1, padding=POOL // 2)[0]
 
 
 SCORES: dict[Scorer, Score] = {"recent": recent, "norm": norm, "attention": attention}
@@ -70,11 +76,11 @@ def compact(runner: Runner, caches: Caches, row: Row) -> None:
         if total <= entry.tokens + slack:
             continue
         pool = runner.pools[layer]
-        assert pool is not None
+        assert isinstance(pool, Pool)
         blocks_1M = placed([table.blocks], runner.stack.device)
         slots_S = _slots(blocks_1M[0], total, caches.block)
         k_SKD = pool.gather(blocks_1M)[0][0].transpose(0, 1)[:total]
-        q_WHD = runner.queries_of(row, layer)[-RECENT:] if layer in runner.watched else k_SKD[:0]
+        q_WHD = runner.queries_of(row, layer)[: sequence.computed - row.start][-RECENT:] if layer in runner.watched else k_SKD[:0]
         kept = best(SCORES[entry.scorer](k_SKD, q_WHD), entry.tokens, min(RECENT, max(1, entry.tokens // 2)))
         pool.move(slots_S[kept], slots_S[: len(kept)])
         caches.compact(sequence, group, kept)

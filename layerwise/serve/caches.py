@@ -15,22 +15,25 @@ from layerwise.serve.table import LayerTable
 
 
 class Caches:
-    """`blocks` blocks of `block` tokens for each group of `table`; `share` keeps prefixes for later requests.
+    """`blocks` blocks of `block` tokens for each group of `table`, or `states` states where it is recurrent.
 
-    Budgets keep what this prompt needs, so with them no prefix is shared.
+    `share` keeps prefixes for later requests. Budgets keep what this prompt needs, and states are not kept where a
+    prefix ends, so with either no prefix is shared.
     """
 
     def __init__(self, table: LayerTable, blocks: int, block: int, *, share: bool = True,
-                 eviction: Eviction = recency) -> None:
+                 eviction: Eviction = recency, states: int = 64) -> None:
         self.table, self.block = table, block
-        self.pools = [BlockPool(blocks) for _ in table.groups]
-        share = share and bool(table.groups) and not table.has_budgets
+        self.pools = [BlockPool(states if group.kind == "recurrent" else blocks) for group in table.groups]
+        share = share and bool(table.groups) and not table.has_budgets and not table.is_recurrent
         self.tree = PrefixTree(self.pools, block, eviction) if share else None
 
     @property
     def capacity(self) -> int:
         """Tokens that one sequence may have."""
-        return self.pools[0].count * self.block if self.pools else 1 << 30
+        counts = [pool.count for pool, group in zip(self.pools, self.table.groups, strict=True)
+                  if group.kind != "recurrent"]
+        return counts[0] * self.block if counts else 1 << 30
 
     def tables(self) -> list[BlockTable]:
         return [BlockTable() for _ in self.pools]
@@ -57,7 +60,7 @@ class Caches:
         """
         scored = sequence.request.params.prompt_logprobs
         path = self.tree.match(sequence.tokens) if self.tree and not scored else []
-        hit, needed = len(path) * self.block, -(-_end(sequence, promise) // self.block) - len(path)
+        hit = len(path) * self.block
         sequence.tables = self.tables()
         if self.tree is not None:
             self.tree.touch(path)
@@ -70,7 +73,8 @@ class Caches:
         sequence.computed = sequence.cached = hit
         promised = [sum(self._missing(other, _end(other, promise))[group] for other in running)
                     for group in range(len(self.pools))]
-        if all(self._free(group, needed + more) for group, more in enumerate(promised)):
+        needed = self._missing(sequence, _end(sequence, promise))
+        if all(self._free(group, needed[group] + more) for group, more in enumerate(promised)):
             return True
         self.drop(sequence)
         sequence.computed = sequence.cached = 0
@@ -87,8 +91,10 @@ class Caches:
         return True
 
     def _missing(self, sequence: Sequence, end: int) -> list[int]:
-        """Blocks of each group that tokens before position `end` still lack."""
-        return [max(0, -(-(end - table.shift - table.end(self.block)) // self.block)) for table in sequence.tables]
+        """Blocks of each group that tokens before position `end` still lack; a state is one block for all tokens."""
+        return [int(not table.blocks) if group.kind == "recurrent" else
+                max(0, -(-(end - table.shift - table.end(self.block)) // self.block))
+                for group, table in zip(self.table.groups, sequence.tables, strict=True)]
 
     def _free(self, group: int, count: int) -> bool:
         """Whether `count` blocks are free, after evicting prefixes where that helps."""
@@ -185,6 +191,11 @@ class Caches:
 
     def _check_table(self, sequence: Sequence, group: int, table: BlockTable) -> None:
         assert len(set(table.blocks)) == len(table.blocks), "a sequence holds a block twice"
+        if self.table.groups[group].kind == "recurrent":
+            assert len(table.blocks) <= 1, "a sequence holds several states"
+            assert table.blocks or not sequence.computed, "computed tokens have no state"
+            assert all(self.pools[group].holders[block] == 1 for block in table.blocks), "sequences share a state"
+            return
         assert table.end(self.block) >= sequence.computed - table.shift, "computed tokens have no slot"
         assert table.first <= self._let_go(group, sequence.computed), "a block was let go too early"
         written = table.blocks[(sequence.computed - table.shift) // self.block - table.first :]

@@ -70,11 +70,15 @@ class Engine:
         self.table = table or layer_table(self.stack.spec)
         tokens = cache_tokens or _cache_tokens(stack, self.table)
         blocks = max(2, -(-tokens // block))
-        self.caches = Caches(self.table, blocks, block, share=prefix_cache, eviction=eviction)
+        states = _states(stack, self.table, running)
+        self.caches = Caches(self.table, blocks, block, share=prefix_cache, eviction=eviction, states=states)
         self.scheduler = Scheduler(self.caches, len(stack), Limits(running, max(step_tokens, running), groups=groups))
-        self.runner = Runner(self.stack, self.table, blocks, block)
+        self.runner = Runner(self.stack, self.table, blocks, block, states)
         self.drafter, self.action = drafter, action
         if drafter is not None:
+            if self.table.is_recurrent:
+                raise BadOption(f"guesses for {stack.name}, some of whose layers keep a state",
+                                expected="layers that can take a refused guess back", do="leave the drafter out")
             drafter.begin(self.runner)
         self.counts = Counts()
         self._live: dict[str, Outcome] = {}
@@ -301,7 +305,18 @@ class Engine:
 
 def _cache_tokens(stack: DecoderStack, table: LayerTable) -> int:
     size = sum(group.token_bytes for group in table.groups)
-    gpu = stack.device.type == "cuda"
-    free = torch.cuda.mem_get_info(stack.device)[0] if gpu else psutil.virtual_memory().available
-    room = int(free / 4 / size) if size else MOST_CACHED
+    room = int(_free(stack) / 4 / size) if size else MOST_CACHED
     return max(min(room, MOST_CACHED), 256)
+
+
+def _states(stack: DecoderStack, table: LayerTable, running: int) -> int:
+    """States of recurrent layers: one for each sequence that may run, in at most a quarter of the free memory."""
+    size = sum(group.state_bytes for group in table.groups)
+    return max(min(running, int(_free(stack) / 4 / size)), 1) if size else running
+
+
+def _free(stack: DecoderStack) -> int:
+    """Bytes that are free where the stack lies."""
+    if stack.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(stack.device)[0])
+    return psutil.virtual_memory().available  # type: ignore[no-any-return]

@@ -64,11 +64,15 @@ class SecondModel(Drafter):
             raise BadOption(f"guesses from {self.stack.name}, of {self.stack.spec.vocabulary} tokens",
                             expected=f"the {runner.stack.spec.vocabulary} tokens of {runner.stack.name}",
                             do="choose a model with the same tokenizer")
+        table = layer_table(self.stack.spec)
+        if table.is_recurrent:
+            raise BadOption(f"guesses from {self.stack.name}, some of whose layers keep a state",
+                            expected="layers that can take a refused guess back", do="choose another model")
         full = [index for index, group in enumerate(runner.table.groups) if group.kind == "full"]
         if not full:
             raise BadOption(f"guesses beside {runner.stack.name}, which keeps no layer's tokens in full",
                             expected="a layer without a window or budget", do="use prompt lookup")
-        self.runner = Runner(self.stack, _in_group(layer_table(self.stack.spec), full[0]), runner.blocks, runner.block)
+        self.runner = Runner(self.stack, _in_group(table, full[0]), runner.blocks, runner.block)
         self.spans = [range(len(self.stack))]
 
     def draft(self, rows: Many[Row]) -> None:

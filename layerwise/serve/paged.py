@@ -1,4 +1,4 @@
-"""Attention of one pass over many sequences whose keys lie in blocks.
+"""Attention and recurrences of one pass over many sequences whose keys lie in blocks and whose states lie in slots.
 
 The tokens of all rows are packed into one sequence of N for the matrices. For attention, rows with about as many new
 tokens form a bucket; a bucket gathers the blocks of its rows and attends to them at once.
@@ -16,11 +16,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from layerwise.nets.flow import Flow
+from layerwise.nets.flow import Flow, Recurrence
 from layerwise.nets.softmax import few_queries, softmax_attention
 from layerwise.serve.placed import placed
 from layerwise.serve.pool import Pair, Pool
 from layerwise.serve.sequence import Row
+from layerwise.serve.states import StatePool
 from layerwise.serve.table import LayerTable
 from layerwise.spec import Attention
 
@@ -132,20 +133,37 @@ class View:
         return seen_RTS[:, None]
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Where the rows of a bucket have their states in one group, which of them begin, and how many tokens each has."""
+
+    slots_R: Tensor
+    fresh_R: Tensor | None
+    sizes_R: Tensor | None
+
+    @staticmethod
+    def of(bucket: Bucket, group: int) -> Slots:
+        slots = [row.sequence.tables[group].blocks[0] for row in bucket.rows]
+        fresh = [row.start == 0 for row in bucket.rows]
+        return Slots(placed(slots, bucket.device), placed(fresh, bucket.device) if any(fresh) else None,
+                     None if bucket.places_n is None else placed(bucket.sizes, bucket.device))
+
+
 @dataclass
 class PagedFlow(Flow):
-    """A flow over packed rows; keys and values go to and come from `pools`, by layer.
+    """A flow over packed rows; keys, values and states go to and come from `pools`, by layer.
 
     `watched` layers leave the queries of the pass in `queries`, [N, H, D].
     """
 
     rows: list[Row] = field(default_factory=list)
     table: LayerTable = field(default_factory=lambda: LayerTable((), ()))
-    pools: Many[Pool | None] = ()
+    pools: Many[Pool | StatePool | None] = ()
     block: int = 16
     watched: frozenset[int] = frozenset()
     queries: dict[int, Tensor] = field(default_factory=dict)
     _views: dict[int, tuple[list[View], Tensor]] = field(default_factory=dict)
+    _slots: dict[int, list[Slots]] = field(default_factory=dict)
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -167,7 +185,7 @@ class PagedFlow(Flow):
         entry = self.table.layers[layer]
         assert entry.group is not None
         pool = self.pools[layer if entry.source is None else entry.source]
-        assert pool is not None
+        assert isinstance(pool, Pool)
         views, slots_N = self._group(entry.group)
         if layer in self.watched:
             self.queries[layer] = q_BHTD[0].transpose(0, 1)
@@ -182,6 +200,19 @@ class PagedFlow(Flow):
                  for view in views]
         out_NHD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out_NHD.transpose(0, 1)[None]
+
+    def recur(self, layer: int, advance: Recurrence, u_BTU: Tensor) -> Tensor:
+        group, pool = self.table.layers[layer].group, self.pools[layer]
+        assert group is not None and isinstance(pool, StatePool)
+        if group not in self._slots:
+            self._slots[group] = [Slots.of(bucket, group) for bucket in self.buckets]
+        parts = []
+        for bucket, slots in zip(self.buckets, self._slots[group], strict=True):
+            u_RTU = bucket.spread(u_BTU[0, bucket.tokens, None])[:, 0]
+            y_RTI, kept = advance(u_RTU, pool.read(slots.slots_R, slots.fresh_R), slots.sizes_R)
+            pool.write(slots.slots_R, kept)
+            parts.append(bucket.packed(y_RTI[:, None])[:, 0])
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
     def _group(self, group: int) -> tuple[list[View], Tensor]:
         if group not in self._views:

@@ -28,7 +28,7 @@ class Pool:
     def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype,
                  device: torch.device) -> None:
         self.block = block
-        self.k, self.v = (_zeros((heads, blocks * block, width), dtype, device) for _ in range(2))
+        self.k, self.v = (zeros((heads, blocks * block, width), dtype, device) for _ in range(2))
 
     def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> None:
         """Put tokens into slots."""
@@ -66,7 +66,7 @@ class CodedPool(Pool):
     def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype,
                  device: torch.device) -> None:
         self.block, self.dtype = block, dtype
-        self.keys, self.values = ([_zeros((heads, blocks * block, size), kind, device) for size, kind in
+        self.keys, self.values = ([zeros((heads, blocks * block, size), kind, device) for size, kind in
                                    self.layout(width)] for _ in range(2))
 
     @staticmethod
@@ -145,7 +145,7 @@ class Int4Pool(CodedPool):
 POOLS: dict[Precision, type[Pool]] = {"model": Pool, "int8": Int8Pool, "int4": Int4Pool}
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that, on a CPU, take memory only where they are written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -55,7 +55,8 @@ def rehearse(table: LayerTable, requests: Sequence[Request], limits: Limits, *, 
 
     Raises BadOption for a request that does not fit into the cache.
     """
-    caches = Caches(table, max(2, -(-cache_tokens // block)), block, share=share, eviction=eviction)
+    caches = Caches(table, max(2, -(-cache_tokens // block)), block, share=share, eviction=eviction,
+                    states=limits.running)
     depth, found = len(table.layers), Rehearsal()
     scheduler = Scheduler(caches, depth, limits)
     places: dict[Running, int] = {}

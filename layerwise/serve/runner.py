@@ -16,29 +16,32 @@ from layerwise.serve.placed import placed
 from layerwise.serve.plan import Entry
 from layerwise.serve.pool import POOLS, Pool
 from layerwise.serve.sequence import Row, Sequence
+from layerwise.serve.states import StatePool
 from layerwise.serve.table import LayerTable
-from layerwise.spec import Attention
+from layerwise.spec import Attention, StateSpace
 from layerwise.stack.decoder import DecoderStack
 
 
 class Runner:
-    """The stack and the tensors of its caches: `blocks` blocks of `block` slots in every group.
+    """The stack and the tensors of its caches: `blocks` blocks of `block` slots in every group, `states` states.
 
     `frontiers` holds the hidden states of prompts between two spans of layers, by sequence.
     """
 
-    def __init__(self, stack: DecoderStack, table: LayerTable, blocks: int, block: int) -> None:
+    def __init__(self, stack: DecoderStack, table: LayerTable, blocks: int, block: int, states: int = 64) -> None:
         self.stack, self.table, self.blocks, self.block = stack, table, blocks, block
-        self.pools = [self._pool(layer, blocks) for layer in range(len(stack))]
+        self.pools = [self._pool(layer, blocks, states) for layer in range(len(stack))]
         self.frontiers: dict[Sequence, Tensor] = {}
         self._watching: dict[int, PagedFlow] = {}
         self.watched = frozenset(
             layer for group in table.groups if group.scorer == "attention" for layer in group.layers)
 
-    def _pool(self, layer: int, blocks: int) -> Pool | None:
+    def _pool(self, layer: int, blocks: int, states: int) -> Pool | StatePool | None:
         entry, mixer = self.table.layers[layer], self.stack.spec.rows[layer].mixer
         if entry.kind in ("none", "shared"):
             return None
+        if isinstance(mixer, StateSpace):
+            return StatePool(states, mixer, self.stack.dtype, self.stack.device)
         assert isinstance(mixer, Attention)
         kind = POOLS[entry.precision]
         return kind(blocks, self.block, mixer.kv_heads, mixer.head_dim, self.stack.dtype, self.stack.device)

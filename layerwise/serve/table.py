@@ -1,7 +1,8 @@
 """The layer table of serving: what each layer keeps of the past, how precisely, and whether new tokens run it.
 
 Layers that keep the same tokens form a group, which has one block table for each sequence; groups differ in the
-tokens they keep, so a token's place in the cache (its slot) need not be its position.
+tokens they keep, so a token's place in the cache (its slot) need not be its position. Recurrent layers keep one state
+of each sequence instead; they form a group whose blocks are states.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from layerwise.errors import BadModel, BadOption
-from layerwise.spec import DTYPE_BYTES, Attention, Opaque, StackSpec
+from layerwise.spec import DTYPE_BYTES, Attention, Opaque, StackSpec, StateSpace
 
-Kind = Literal["full", "window", "budget", "shared", "none"]
+Kind = Literal["full", "window", "budget", "recurrent", "shared", "none"]
 Precision = Literal["model", "int8", "int4"]
 Scorer = Literal["recent", "norm", "attention"]
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer keeps: all tokens, the last `tokens`, the best `tokens`, what layer `source` keeps, or nothing.
+    """What one layer keeps: all tokens, the last `tokens`, the best `tokens`, one state, what layer `source` keeps, or
+    nothing.
 
     `skipped` layers are run by prompts only: tokens that were generated pass them by and leave nothing there.
     """
@@ -38,13 +40,17 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that keep the same tokens; a block of the group is a block in each of them, `block_bytes` in all."""
+    """Layers that keep the same tokens; a block of the group is a block in each of them.
+
+    A token takes `token_bytes` in all of them together, a sequence's state `state_bytes`.
+    """
 
     kind: Kind
     tokens: int | None
     layers: tuple[int, ...]
     token_bytes: int
     scorer: Scorer = "recent"
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,11 @@ class LayerTable:
     @property
     def has_budgets(self) -> bool:
         return any(group.kind == "budget" for group in self.groups)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether any layer keeps a state, which cannot go back to an earlier token."""
+        return any(group.kind == "recurrent" for group in self.groups)
 
     def fingerprint(self) -> str:
         """A short hash; caches of equal tables over equal weights hold equal values."""
@@ -98,12 +109,15 @@ def _kept(spec: StackSpec, layer: int, budget: int | None, scorer: Scorer) -> La
     if isinstance(mixer, Opaque):
         raise BadModel(f"layer {layer}, {mixer.type}", expected="a decoder language model of a known family",
                        do="open its Hugging Face folder instead of the module")
-    if budget is not None and (mixer is None or mixer.shares is not None or mixer.window is not None or budget < 1):
+    whole = isinstance(mixer, Attention) and mixer.shares is None and mixer.window is None
+    if budget is not None and (not whole or budget < 1):
         raise BadOption(f"a budget of {budget} tokens for layer {layer}",
                         expected="1 or more, for a layer that keeps all tokens in a cache of its own",
                         do="leave this layer out")
     if mixer is None:
         return LayerCache("none")
+    if isinstance(mixer, StateSpace):
+        return LayerCache("recurrent")
     if mixer.shares is not None:
         return LayerCache("shared", source=mixer.shares)
     if budget is not None:
@@ -122,18 +136,23 @@ def _needed(spec: StackSpec, layer: int) -> int | None:
 
 
 def _group_keys(entries: list[LayerCache]) -> list[tuple[int, ...]]:
-    """The layers of each group: one group for all full layers, one for each window, one for each budgeted layer."""
+    """The layers of each group: one for all full layers, for each window, each budgeted layer, all recurrent layers."""
     groups: dict[object, list[int]] = {}
     for layer, entry in enumerate(entries):
         if entry.kind in ("full", "window"):
             groups.setdefault(entry.tokens, []).append(layer)
         elif entry.kind == "budget":
             groups.setdefault(("budget", layer), []).append(layer)
+        elif entry.kind == "recurrent":
+            groups.setdefault("recurrent", []).append(layer)
     return [tuple(layers) for layers in groups.values()]
 
 
 def _group(spec: StackSpec, entries: list[LayerCache], layers: tuple[int, ...]) -> Group:
-    first = entries[layers[0]]
+    first, mixers = entries[layers[0]], [spec.rows[layer].mixer for layer in layers]
+    if first.kind == "recurrent":
+        states = sum(mixer.state_bytes(spec.dtype) for mixer in mixers if isinstance(mixer, StateSpace))
+        return Group(first.kind, None, layers, 0, state_bytes=states)
     size = sum(_token_bytes(spec, layer, entries[layer].precision) for layer in layers)
     return Group(first.kind, first.tokens, layers, size, first.scorer)
 

@@ -12,7 +12,7 @@ from layerwise.nets.decoder import Decoder
 from layerwise.serve.engine import Engine
 from layerwise.serve.request import Completion, Params
 from layerwise.serve.sampler import Position, sample
-from layerwise.spec import Attention, FeedForward, LayerSpec, StackSpec
+from layerwise.spec import Attention, FeedForward, LayerSpec, StackSpec, StateSpace
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
 from layerwise.transform.share_kv import ShareKV
@@ -70,20 +70,25 @@ class Kind:
         spec = StackSpec("llama", 64, 97, self.rows, dtype="float32", context=256)
         decoder = Decoder(spec)
         generator = torch.Generator().manual_seed(3)
-        for parameter in decoder.parameters():
+        for name, parameter in decoder.named_parameters():
             spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
             parameter.data = torch.randn(parameter.shape, generator=generator) * spread + (parameter.dim() == 1)
+            if name.endswith("A_log"):
+                parameter.data -= 4  # a state that a few tokens do not wash away
         return DecoderStack(decoder.requires_grad_(False).eval(), name=base.name)
 
 
 FULL = LayerSpec(Attention(heads=4, kv_heads=2, head_dim=16), FeedForward(width=96))
 NARROW = replace(FULL, mixer=Attention(heads=4, kv_heads=2, head_dim=16, window=9))
 OTHER = replace(FULL, mixer=Attention(heads=2, kv_heads=1, head_dim=32, window=20, softcap=3.0, qk_norm=True))
+STATE = LayerSpec(StateSpace(heads=8, head_dim=8, state=8, groups=2), None)
 KINDS = {
     "full": Kind((FULL,) * 3),
     "windows": Kind((NARROW, FULL, OTHER, NARROW)),
     "narrow": Kind((NARROW, NARROW)),
     "no attention": Kind((FULL, replace(FULL, mixer=None), FULL)),
     "no cache": Kind((replace(FULL, mixer=None),)),
+    "recurrent": Kind((STATE, STATE)),
+    "hybrid": Kind((STATE, FULL, replace(STATE, feed_forward=FeedForward(width=96)), NARROW)),
     "shared": Kind((FULL, NARROW, ShareKV(0).edit(FULL, 64), ShareKV(1).edit(FULL, 64), ShareKV(0).edit(NARROW, 64))),
 }

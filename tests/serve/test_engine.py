@@ -58,7 +58,8 @@ def test_tokens_are_those_of_plain_runs(kind: str, setting: str) -> None:
         assert engine.metrics()["preemptions_total"] > 0
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma3", "qwen2-sliding", "qwen3-moe", "mistral-sliding"])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma3", "qwen2-sliding", "qwen3-moe", "mistral-sliding",
+                                  "mamba2", "bamba"])
 def test_greedy_tokens_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     theirs = tiny(case)
     stack = lw.open(write(theirs, tmp_path / case))
@@ -80,6 +81,21 @@ def test_known_prefixes_are_not_computed_again(stack: DecoderStack) -> None:
     assert second.usage.cached == (len(prompt) - 1) // 16 * 16 and second.tokens == first.tokens
     assert third.usage.cached == (len(prompt) + 7) // 16 * 16
     assert list(third.tokens) == greedy(stack, third.prompt, 8)
+
+
+def test_nothing_is_published_before_every_layer_wrote_it(stack: DecoderStack, mixed: list[list[int]]) -> None:
+    engine = Engine(stack, cache_tokens=2048, block=4, step_tokens=15, groups=layered(9))
+    for prompt in mixed:
+        engine.add(Request(tuple(prompt), Params(max_tokens=6)))
+    tree, passing = engine.caches.tree, 0
+    assert tree is not None
+    while engine.busy:
+        engine.step()
+        passing += bool(engine.runner.frontiers)
+        blocks_1M = torch.tensor([[node.blocks[0] for node in tree.nodes()]], dtype=torch.int64)
+        for pool in engine.runner.pools:  # caches begin as zeros, and no key is
+            assert pool is not None and bool((pool.gather(blocks_1M)[0] != 0).any(-1).all())
+    assert passing > 3 and tree.size > 50
 
 
 def test_requests_with_one_beginning_wait_for_the_first(stack: DecoderStack) -> None:
