@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from layerwise.errors import BadOption
 from layerwise.export.source import Source
-from layerwise.spec import Attention, LayerSpec
+from layerwise.spec import Attention, LayerSpec, StateSpace
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,15 @@ def refuse(what: str, target: str, can: str, do: str) -> BadOption:
 
 
 def check_rows(rows: tuple[LayerSpec, ...], target: str) -> None:
-    """Raises BadOption where a layer has lost a half or shares keys and values with another."""
+    """Raises BadOption where a layer has lost a half, shares keys and values with another, or is a state space."""
     for layer, row in enumerate(rows):
         if row.mixer is None or row.feed_forward is None:
             half = "attention" if row.mixer is None else "feed-forward"
             raise refuse(f"layer {layer} without its {half} half", target, "layers with both halves",
                          "drop whole layers instead, or keep the model in layerwise's own format")
+        if isinstance(row.mixer, StateSpace):
+            raise refuse(f"layer {layer}, a state space", target, "layers of attention",
+                         "keep the model in layerwise's own format")
         if isinstance(row.mixer, Attention) and row.mixer.shares is not None:
             raise refuse(f"layer {layer}, which shares keys and values with layer {row.mixer.shares}", target,
                          "layers with keys and values of their own",

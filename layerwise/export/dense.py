@@ -26,6 +26,9 @@ def dense_tensors(stack: DecoderStack) -> Iterator[tuple[str, Tensor]]:
         for path, part in block.named_modules():
             if id(part) in whole or not (path.startswith(inside) or list(part.children())):
                 yield from _module(f"layers.{layer}.{path}", part)
+            elif not path.startswith(inside):  # what a half holds beside its matrices
+                for name, own in part.named_parameters(recurse=False):
+                    yield f"layers.{layer}.{path}.{name}", own
 
 
 def _module(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layerwise.io.hf_config import LayerwiseConfig
 from layerwise.io.save import save
 from layerwise.nets.decoder import Decoder
-from layerwise.nets.flow import Flow
+from layerwise.nets.flow import Flow, StateCache
 from layerwise.spec import StackSpec
 
 
@@ -48,7 +48,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         """
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
-        past = _length(past_key_values)
+        masked = 0 if attention_mask is None else attention_mask.shape[1]
+        past = max(_length(past_key_values), masked - input_ids.shape[1])  # a state does not say how much it has read
         valid_BS = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         if position_ids is None:
             position_ids = _positions(input_ids, valid_BS, past)
@@ -82,6 +83,32 @@ class _LayerCache:
         return k, v
 
 
+class _StateCache:
+    """What one recurrent layer keeps, inside a transformers cache."""
+
+    def __init__(self, cache: Cache, layer: int) -> None:
+        while len(cache.layers) <= layer:
+            cache.layers.append(DynamicLayer())
+        if not isinstance(cache.layers[layer], LinearAttentionLayer):
+            cache.layers[layer] = LinearAttentionLayer()
+        self.held, self.length = cache.layers[layer], 0
+
+    @property
+    def kept(self) -> tuple[Tensor, ...] | None:
+        """The two states, in whichever order beam search has put their rows."""
+        if not self.held.has_previous_state[0]:
+            return None
+        return self.held.conv_states[0], self.held.recurrent_states[0]
+
+    @kept.setter
+    def kept(self, new: tuple[Tensor, ...]) -> None:
+        self.held.conv_states[0], self.held.recurrent_states[0] = new
+        self.held.device = new[0].device
+        for known in (self.held.is_conv_states_initialized, self.held.is_recurrent_states_initialized,
+                      self.held.has_previous_state):
+            known[0] = True
+
+
 class _Caches(dict[int, Any]):
     """Layer to its cache, made when the layer asks."""
 
@@ -89,15 +116,15 @@ class _Caches(dict[int, Any]):
         super().__init__()
         self.cache = cache
 
-    def setdefault(self, layer: int, _: Any = None) -> Any:
+    def setdefault(self, layer: int, default: Any = None) -> Any:
         if layer not in self:
-            self[layer] = _LayerCache(self.cache, layer)
+            self[layer] = (_StateCache if isinstance(default, StateCache) else _LayerCache)(self.cache, layer)
         return self[layer]
 
 
 def _length(cache: Cache | None) -> int:
     """Tokens in the cache: layers without attention hold none, so the longest layer counts."""
-    layers = [] if cache is None else cache.layers
+    layers = [] if cache is None else [layer for layer in cache.layers if not isinstance(layer, LinearAttentionLayer)]
     return max((int(layer.get_seq_length()) for layer in layers), default=0)  # type: ignore[union-attr]
 
 

@@ -26,7 +26,7 @@ from layerwise.stack.decoder import DecoderStack
 from layerwise.transform.base import Stats, Transform
 from layerwise.transform.scale_inputs import dense_linear
 
-READS = ("q", "k", "v", "gate", "up")
+READS = ("q", "k", "v", "in_proj", "gate", "up")
 WRITES = ("o", "down")
 
 

@@ -17,7 +17,7 @@ from layerwise.io.source import read
 from layerwise.io.weights import build
 from layerwise.nets.decoder import Decoder
 from layerwise.nets.flow import Flow
-from layerwise.spec import Attention, FeedForward, Format, LayerSpec, StackSpec
+from layerwise.spec import Attention, FeedForward, Format, LayerSpec, StackSpec, StateSpace
 
 ROW = LayerSpec(Attention(4, 2, 8), FeedForward(48))
 SPEC = StackSpec("llama", 32, 61, (
@@ -27,17 +27,28 @@ SPEC = StackSpec("llama", 32, 61, (
     ROW,
 ), dtype="float32", embedding_format=Format(8, 16), extras={"eos_token_id": 2, "bos_token_id": 1})
 
+STATES = replace(SPEC, rows=(
+    LayerSpec(StateSpace(heads=4, head_dim=8, state=4), None, formats={"in_proj": Format(8, 0, True)}),
+    ROW,
+    LayerSpec(StateSpace(heads=4, head_dim=8, state=4, groups=2), FeedForward(48)),
+))
+
+
+@pytest.fixture(scope="module", params=[SPEC, STATES], ids=["attention", "states"])
+def table(request: pytest.FixtureRequest) -> StackSpec:
+    return request.param  # type: ignore[no-any-return]
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(table: StackSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    decoder = Decoder(SPEC).requires_grad_(False)
+    decoder = Decoder(table).requires_grad_(False)
     for name, tensor in decoder.state_dict().items():
         codes = "codes" in name
         tensor.copy_(torch.randint(1, 100, tensor.shape) if codes else torch.randn(tensor.shape) * 0.1)
     assets = tmp_path_factory.mktemp("assets")
     (assets / "generation_config.json").write_text('{"eos_token_id": 2}')
-    return save(tmp_path_factory.mktemp("saved") / "m", SPEC, decoder.state_dict().items(), assets=assets)
+    return save(tmp_path_factory.mktemp("saved") / "m", table, decoder.state_dict().items(), assets=assets)
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +139,9 @@ def test_the_loss_is_that_of_the_next_token_and_has_gradients(model: Any) -> Non
 
 
 @torch.inference_mode()
-def test_saved_again_it_opens_on_both_sides(model: Any, tmp_path: Path) -> None:
+def test_saved_again_it_opens_on_both_sides(model: Any, table: StackSpec, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "again")
-    assert read(tmp_path / "again").spec == SPEC
+    assert read(tmp_path / "again").spec == table
     again = type(model).from_pretrained(tmp_path / "again")
     assert again(tokens()).logits.equal(model(tokens()).logits)
     assert again.generation_config.eos_token_id == 2
