@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerwise.cli.options import CachePrecision, Json, Layers, demo_names, full
+from layerwise.cli.engine import engine
+from layerwise.cli.options import CachePrecision, Device, Json, Layers, demo_names, full
 from layerwise.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def batch(
     cache_tokens: Annotated[
         int | None, typer.Option("--cache-tokens", help="Tokens kept in the caches of all layers.", min=16)
     ] = None,
+    device: Device = None,
     cache_precision: CachePrecision = "model",
     layers: Layers = None,
     as_json: Json = False,
@@ -58,15 +60,10 @@ def batch(
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         from layerwise.serve.batch import Line
-        from layerwise.serve.engine import Engine
         from layerwise.serve.offline import Offline
-        from layerwise.serve.table_file import read_table
-        from layerwise.stack.open import open
 
         screen.tell(f"opening {model}")
-        stack = open(model)
-        table = read_table(stack.spec, layers, cache_precision)
-        engine = Engine(stack, running=running, cache_tokens=cache_tokens, table=table)
+        made = engine(model, device, layers, cache_precision, running=running, cache_tokens=cache_tokens)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
         with screen.resumable(), Progress(*columns, console=error_console()) as progress:
             bar = progress.add_task("lines", total=len(lines), completed=before, rate="")
@@ -76,12 +73,12 @@ def batch(
                     failed.append({"line": line.number, "error": wrong})
                     words = f"line {line.number}: {wrong}"
                     progress.console.print(words, markup=False, highlight=False, soft_wrap=True)
-                rate = engine.metrics()["generated_tokens_total"] / max(time.monotonic() - began, 1e-9)
+                rate = made.metrics()["generated_tokens_total"] / max(time.monotonic() - began, 1e-9)
                 progress.update(bar, advance=1, rate=f"{rate:.0f} tokens/s")
 
             began = time.monotonic()
-            Offline(engine, stack.name, results, told).run(lines, 2 * running)
-        tokens = engine.metrics()["generated_tokens_total"]
+            Offline(made, made.stack.name, results, told).run(lines, 2 * running)
+        tokens = made.metrics()["generated_tokens_total"]
     seconds = time.monotonic() - began
     results.finish(lines)
     screen.show(f"{len(lines)} answers in {output}" + (f", {len(failed)} of them errors" if failed else ""))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerwise.cli.options import CachePrecision, Json, Layers, Model
+from layerwise.cli.engine import engine
+from layerwise.cli.options import CachePrecision, Device, Json, Layers, Model
 from layerwise.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def chat(
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among tokens that make up this share.")] = 0.95,
     seed: Annotated[int | None, typer.Option("--seed", help="Draws the tokens; by default another every time.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens of one answer.", min=1)] = 512,
+    device: Device = None,
     cache_precision: CachePrecision = "model",
     layers: Layers = None,
     as_json: Json = False,
@@ -41,18 +43,13 @@ def chat(
     """
     from rich.console import Console
 
-    from layerwise.serve.engine import Engine
     from layerwise.serve.request import Params
-    from layerwise.serve.table_file import read_table
     from layerwise.serve.talk import Talk
-    from layerwise.stack.open import open
 
     screen = Screen(as_json)
     params = Params(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     screen.tell(f"opening {model}")
-    stack = open(model)
-    table = read_table(stack.spec, layers, cache_precision)
-    talk = Talk(Engine(stack, running=1, table=table), params, system)
+    talk = Talk(engine(model, device, layers, cache_precision, running=1), params, system)
     console = Console(stderr=as_json, highlight=False)
     if sys.stdin.isatty():
         console.print(COMMANDS, style="dim")

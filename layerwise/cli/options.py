@@ -41,6 +41,7 @@ Data = Annotated[
     str,
     typer.Option("--data", help="Text: default, a .txt/.md/.jsonl file or a folder of them, hf:<data set>:<split>."),
 ]
+Device = Annotated[str | None, typer.Option("--device", help="Where to compute: cpu, cuda or cuda:1.")]
 CachePrecision = Annotated[
     str, typer.Option("--cache-precision", help="What caches hold: model (as computed), int8 or int4.")
 ]

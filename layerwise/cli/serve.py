@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerwise.cli.options import CachePrecision, Json, Layers, Model
+from layerwise.cli.engine import engine
+from layerwise.cli.options import CachePrecision, Device, Json, Layers, Model
 from layerwise.cli.screen import Screen
 from layerwise.errors import BadOption, MissingExtra
 
@@ -34,6 +35,7 @@ def serve(
     cache_tokens: Annotated[
         int | None, typer.Option("--cache-tokens", help="Tokens kept in the caches of all layers.", min=16)
     ] = None,
+    device: Device = None,
     cache_precision: CachePrecision = "model",
     layers: Layers = None,
     prefix_cache: Annotated[bool, typer.Option(help="Share equal beginnings of prompts.")] = True,
@@ -59,15 +61,10 @@ def serve(
     with closing(bind(host, port)) as bound:
         screen.tell(f"opening {model}")
         from layerwise.serve.background import AsyncEngine
-        from layerwise.serve.engine import Engine
-        from layerwise.serve.table_file import read_table
-        from layerwise.stack.open import open
 
-        stack = open(model, dtype=dtype)
-        table = read_table(stack.spec, layers, cache_precision)
-        engine = Engine(stack, running=running, waiting=waiting, cache_tokens=cache_tokens, table=table,
-                        prefix_cache=prefix_cache)
-        service = _service(AsyncEngine(engine), name or stack.name, max_body, max_prompt, seconds)
+        made = engine(model, device, layers, cache_precision, dtype=dtype, running=running, waiting=waiting,
+                      cache_tokens=cache_tokens, prefix_cache=prefix_cache)
+        service = _service(AsyncEngine(made), name or made.stack.name, max_body, max_prompt, seconds)
         host, port = bound.getsockname()[:2]
         where = f"http://{host}:{port}"
         if not api_key and not ip_address(host).is_loopback:
@@ -75,12 +72,12 @@ def serve(
         run(service, bound, key=api_key or None, grace=grace,
             ready=lambda: screen.tell(f"serving {service.name} on {where} (page) and {where}/v1 (OpenAI)"))
     screen.tell("stopped")
-    screen.finish({"model": service.name, "url": where, **engine.metrics()})
+    screen.finish({"model": service.name, "url": where, **made.metrics()})
 
 
-def _service(engine: AsyncEngine, name: str, body: int, prompt: int | None, seconds: float) -> Service:
+def _service(running: AsyncEngine, name: str, body: int, prompt: int | None, seconds: float) -> Service:
     try:
         from layerwise.serve.service import Bounds, Service
     except ImportError as error:
         raise MissingExtra(error.name or "pydantic", "serve", "serving") from error
-    return Service(engine, name, Bounds(body, prompt, seconds))
+    return Service(running, name, Bounds(body, prompt, seconds))

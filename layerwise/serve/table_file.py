@@ -1,9 +1,10 @@
 """A layer table as a JSON file, for what one option for all layers cannot say.
 
-    {"precision": {"0-9": "int8", "10-29": "int4"}, "budgets": {"12-29": 256}, "scorer": "attention", "skip": ["7"]}
+    {"precision": {"0-9": "int8", "10-29": "int4"}, "budgets": {"12-29": 256}, "scorer": "attention", "skip": ["7"],
+     "residency": {"20-29": "disk"}}
 
 Layers count from 0; "12-29" are both ends and all between; every key may be left out. What the keys mean is said in
-`layer_table`.
+`layer_table` and, of `residency`, in `Staged`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from layerwise.errors import BadFile, BadOption
+from layerwise.serve.residency import Place
 from layerwise.serve.table import LayerTable, Precision, Scorer, layer_table
 from layerwise.spec import StackSpec
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-KEYS: dict[str, type | tuple[type, ...]] = {"precision": (str, dict), "budgets": dict, "scorer": str, "skip": list}
+KEYS: dict[str, type | tuple[type, ...]] = {"precision": (str, dict), "budgets": dict, "scorer": str, "skip": list,
+                                              "residency": dict}
 
 
 def read_table(spec: StackSpec, file: Path | None = None, precision: str = "model"
@@ -50,6 +53,15 @@ def read_table(spec: StackSpec, file: Path | None = None, precision: str = "mode
                         do="count layers from 0")
     skip = [layer for text in given.get("skip", ()) for layer in _layers(text, file)]
     return layer_table(spec, precision=each, budgets=budgets, scorer=scorer, skip=skip)
+
+
+def read_places(file: Path | None) -> dict[int, Place]:
+    """Where the weights of layers wait, as the file says. Raises BadFile, or BadOption for another place."""
+    places = _by_layer({} if file is None else _read(file).get("residency", {}), file)
+    for place in places.values():
+        if place not in get_args(Place):
+            raise BadOption(f"the residency {place!r}", expected=", ".join(get_args(Place)), do="choose one of these")
+    return {layer: place for layer, place in places.items() if place != "device"}
 
 
 def _read(file: Path) -> dict[str, Any]:

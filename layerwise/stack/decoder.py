@@ -107,17 +107,21 @@ class DecoderStack(Stack):
     def block(self, layer: int) -> nn.Module:
         if layer in self._swapped:
             return self._swapped[layer]
-        return self.decoder.layers[layer] if self._weights is None else self._read(self._weights, layer)
-
-    def _read(self, weights: Weights, layer: int) -> Block:
+        if self._weights is None:
+            return self.decoder.layers[layer]
         if self._streamed is None or self._streamed[0] != layer:
             self._streamed = None  # let the layer before go first
-            with torch.device("meta"):
-                block = Block(self.spec.rows[layer], self.spec.hidden)
-            _assign(block, weights.layer(layer), self.device, self.dtype)
-            _share_hooks(self.decoder.layers[layer], block)
-            self._streamed = layer, block.requires_grad_(False).eval()
+            self._streamed = layer, self.read(layer)
         return self._streamed[1]
+
+    def read(self, layer: int, device: torch.device | None = None) -> Block:
+        """A layer of a streamed stack, read from disk anew, on `device` or the stack's."""
+        assert self._weights is not None, "a resident stack reads nothing"
+        with torch.device("meta"):
+            block = Block(self.spec.rows[layer], self.spec.hidden)
+        _assign(block, self._weights.layer(layer), device or self.device, self.dtype)
+        _share_hooks(self.decoder.layers[layer], block)
+        return block.requires_grad_(False).eval()
 
     @contextmanager
     def swap(self, layer: int, block: nn.Module) -> Iterator[None]:

@@ -11,7 +11,7 @@ import pytest
 from layerwise.cli import main
 from layerwise.errors import BadFile, BadOption
 from layerwise.serve.table import layer_table
-from layerwise.serve.table_file import read_table
+from layerwise.serve.table_file import read_places, read_table
 from layerwise.testing.stacks import random_stack
 
 SPEC = random_stack(4).spec
@@ -74,3 +74,22 @@ def test_commands_take_both(tmp_path: Path, tiny_folder: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main(["chat", str(tiny_folder), "--cache-precision", "int3"])
     assert "int3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["chat", str(tiny_folder), "--device", "cuda:99"])
+    assert "--device cuda:99" in capsys.readouterr().err
+
+
+def test_layers_that_wait_on_disk_change_nothing(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "abc"}\n')
+    texts = []
+    for places in ({}, {"1-2": "disk", "0": "device"}):
+        out = tmp_path / f"{len(texts)}.jsonl"
+        file = written(tmp_path, {"residency": places})
+        with pytest.raises(SystemExit) as end:
+            main(["batch", str(tmp_path / "in.jsonl"), "-o", str(out), "-m", str(tiny_folder), "--layers", str(file)])
+        assert not end.value.code
+        texts.append(json.loads(out.read_text())["text"])
+    assert texts[0] == texts[1]
+    assert read_places(written(tmp_path, {"residency": {"1-2": "disk", "0": "device"}})) == {1: "disk", 2: "disk"}
+    with pytest.raises(BadOption, match="moon"):
+        read_places(written(tmp_path, {"residency": {"1": "moon"}}))
