@@ -5,7 +5,7 @@ Shapes: N tokens, C hidden width, W inner width, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -81,14 +81,17 @@ class Experts(nn.Module):
         share_NK, chosen_NK = F.softmax(logits_NE, dim=-1, dtype=torch.float32).topk(self.spec.experts_per_token, -1)
         return share_NK / share_NK.sum(-1, keepdim=True) if self.spec.normalize_router else share_NK, chosen_NK
 
-    def _weights(self, name: str, experts: list[int], dtype: torch.dtype) -> list[Tensor]:
-        """The matrix `name` of each of some experts; all parts are cut at once, so that gradients are joined once."""
+    def _weights(self, name: str, experts: list[int], dtype: torch.dtype) -> Iterator[Tensor]:
+        """The matrix `name` of some experts in turn: dense ones cut at once, so that gradients are joined once, packed
+        ones unpacked when their turn comes.
+        """
         matrix = getattr(self, name)
         if isinstance(matrix, nn.Linear):
             parts = matrix.weight.chunk(self.spec.experts)
-            return [parts[expert] for expert in experts]
-        size = matrix.out_features // self.spec.experts
-        return [matrix.dense_rows(expert * size, (expert + 1) * size, dtype) for expert in experts]
+            yield from (parts[expert] for expert in experts)
+        else:
+            size = matrix.out_features // self.spec.experts
+            yield from (matrix.dense_rows(expert * size, (expert + 1) * size, dtype) for expert in experts)
 
 
 def build_feed_forward(feed_forward: spec.FeedForward, hidden: int) -> FeedForward | Experts:

@@ -1,8 +1,8 @@
 """Many prompts from a file, answered offline: any order inside, the file's order outside, every line exactly once.
 
 A line is OpenAI's batch form (`custom_id`, `url`, `body`) or the body of a completion itself, such as
-`{"prompt": "...", "max_tokens": 20}` or `{"messages": [...]}`. Lines are worked on in the order of their texts, so that
-equal beginnings meet in the prefix cache.
+`{"prompt": "...", "max_tokens": 20}` or `{"messages": [...]}`. Lines are worked on group by group of equal
+beginnings, which meet in the prefix cache.
 
 Each answer is appended to a file beside the output as soon as it is there, under an id that depends on the line, its
 number, the model and the defaults. Whatever ends the run, the next one keeps the answers whose id it would give again
@@ -31,6 +31,7 @@ from layerwise.serve.request import Completion
 
 URLS: dict[str, type[ChatBody] | type[CompletionBody]] = {
     "/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody}
+UNSAID = 64
 DEFAULTS = {"temperature": 0.0, "seed": 0}
 """What a line gets that says nothing: the likeliest tokens, the same every time."""
 
@@ -48,10 +49,18 @@ class Line:
 
     @property
     def text(self) -> str:
-        """What lines are ordered by."""
+        """What lines are grouped by."""
         if isinstance(self.body, ChatBody):
             return "\0".join(message.plain()["content"] for message in self.body.messages)
         return str(self.body.prompt) if self.body else ""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the line may write, or what most that do not say would."""
+        longest = self.body.max_tokens if self.body else 0
+        if isinstance(self.body, ChatBody):
+            longest = self.body.max_completion_tokens or longest
+        return UNSAID if longest is None else longest
 
 
 def read(file: Path, settings: Mapping[str, Any]) -> list[Line]:

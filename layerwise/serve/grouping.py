@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 
 from layerwise.serve.prefix import Key, Node
 
-Prompt = Sequence[int]
+Prompt = Sequence[int] | str
+"""Token ids; or text, of which letters take the place of tokens."""
 
 
 @dataclass(eq=False)
@@ -54,9 +55,9 @@ class Group:
 
 def stems(prompts: Sequence[Prompt], block: int) -> Stem:
     """The tree of beginnings in whole blocks of tokens; the last token of a prompt is never shared."""
-    usable = [tuple(prompt[: (len(prompt) - 1) // block * block]) for prompt in prompts]
-    root = Stem(0)
-    path, before = [root], ()
+    usable = [prompt[: max(0, len(prompt) - 1) // block * block] for prompt in prompts]
+    root, before = Stem(0), usable[0][:0] if usable else ""
+    path = [root]
     for index in sorted(range(len(usable)), key=usable.__getitem__):
         tokens = usable[index]
         shared, last = _common(before, tokens) // block * block, root
@@ -146,7 +147,7 @@ def promoted(root: Stem) -> list[Group]:
 def decode_ratio(group: Group, prompts: Sequence[Prompt], outputs: Sequence[int]) -> float:
     """Tokens that a group writes for each that it must read."""
     read = group.length + sum(len(prompts[index]) - group.length for index in group.members)
-    return sum(outputs[index] for index in group.members) / read
+    return sum(outputs[index] for index in group.members) / max(1, read)
 
 
 def ordered(prompts: Sequence[Prompt], outputs: Sequence[int], block: int) -> list[Group]:

@@ -17,6 +17,7 @@ from layerwise.cli import main
 from layerwise.errors import BadFile
 from layerwise.serve.batch import Results, read
 from layerwise.serve.engine import Engine
+from layerwise.serve.offline import in_groups
 from layerwise.serve.request import Params
 from layerwise.stack.decoder import DecoderStack
 
@@ -149,3 +150,12 @@ def test_torn_answers_are_given_again(tmp_path: Path) -> None:
     again.add(given[0].id, {"id": given[0].id, "text": "x"})
     again.finish(given)
     assert [entry["text"] for entry in lines(tmp_path / "out.jsonl")] == ["x", "é"]
+
+
+def test_equal_beginnings_are_worked_on_together(tmp_path: Path) -> None:
+    beginning, other = "a" * 200, "b" * 200
+    write(tmp_path, [{"prompt": f"{beginning}{number} {'c' * 70}", "max_tokens": 2} for number in range(2)]
+          + [{"prompt": f"{other}{number}", "max_tokens": 90} for number in range(2)]
+          + [{"prompt": beginning + "9", "max_tokens": 2}, {"messages": [{"role": "user", "content": "hi"}]}, "{"])
+    found = in_groups(read(tmp_path / "in.jsonl", {}))
+    assert [line.number for line in found] == [6, 3, 4, 5, 1, 2, 7]
