@@ -10,7 +10,9 @@ Shapes: O outputs, I inputs, C width, N tokens.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +69,8 @@ class Float16Linear(nn.Module):
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_OI.shape
-        bias_O = None if bias_O is None else bias_O.detach().float()
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight_OI.detach().float().contiguous(), bias_O)
+        self.bias = None if bias_O is None else bias_O.detach().float()
+        self.packed = torch.fbgemm_pack_gemm_matrix_fp16(weight_OI.detach().float().contiguous())
 
     @staticmethod
     def fits(weight_OI: Tensor) -> bool:
@@ -78,7 +80,7 @@ class Float16Linear(nn.Module):
         return 2**-8 <= float(weight_OI.abs().max()) < 2**15
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)  # type: ignore[no-any-return]
+        return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self.packed, self.bias)
 
     def logits(self, x: Tensor) -> Tensor:
         """The same, for a table that serves as the output head."""
@@ -87,7 +89,19 @@ class Float16Linear(nn.Module):
 
 def may_widen(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a float32 stream is the faster one: a CPU that cannot multiply `dtype` but has FBGEMM's kernels."""
-    return device.type == "cpu" and dtype in SLOW and "fbgemm" in torch.backends.quantized.supported_engines
+    return device.type == "cpu" and dtype in SLOW and _has_float16_kernel()
+
+
+@cache
+def _has_float16_kernel() -> bool:
+    """Torch calls the kernel deprecated, once; the one that is to replace it takes 40 microseconds more a call."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            one = torch.ones(1, 16)
+            packed = torch.fbgemm_pack_gemm_matrix_fp16(one)
+            return bool(torch.fbgemm_linear_fp16_weight_fp32_activation(one, packed, None) == 16)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
 
 
 class Narrow(nn.Module):
