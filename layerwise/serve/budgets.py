@@ -41,8 +41,8 @@ def norm(k_SKD: Tensor, q_WHD: Tensor) -> Tensor:
 
 
 def attention(k_SKD: Tensor, q_WHD: Tensor) -> Tensor:
-    """Tokens that the last queries, those of the last W slots, attend to, over all heads; averaged over POOL neighbours,
-    so that what stands around a token that matters stays with it (SnapKV, arXiv 2404.14469; there for every head)."""
+    """Tokens that the queries of the last W slots attend to, over all heads, averaged over POOL neighbours, so that
+    what stands around a token that matters stays with it (SnapKV, arXiv 2404.14469, where each head keeps its own)."""
     window, heads, width = q_WHD.shape
     k_SHD = k_SKD.float().repeat_interleave(heads // k_SKD.shape[1], 1)
     logits_HWS: Tensor = torch.einsum("whd,shd->hws", q_WHD.float(), k_SHD) * width**-0.5
@@ -80,7 +80,9 @@ def compact(runner: Runner, caches: Caches, row: Row) -> None:
         blocks_1M = placed([table.blocks], runner.stack.device)
         slots_S = _slots(blocks_1M[0], total, caches.block)
         k_SKD = pool.gather(blocks_1M)[0][0].transpose(0, 1)[:total]
-        q_WHD = runner.queries_of(row, layer)[: sequence.computed - row.start][-RECENT:] if layer in runner.watched else k_SKD[:0]
+        q_WHD = k_SKD[:0]
+        if layer in runner.watched:
+            q_WHD = runner.queries_of(row, layer)[: sequence.computed - row.start][-RECENT:]
         kept = best(SCORES[entry.scorer](k_SKD, q_WHD), entry.tokens, min(RECENT, max(1, entry.tokens // 2)))
         pool.move(slots_S[kept], slots_S[: len(kept)])
         caches.compact(sequence, group, kept)
