@@ -7,22 +7,31 @@ from functools import cache
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from layerwise.serve.drafts import Lookup
 from layerwise.serve.engine import Engine, layered
 from layerwise.serve.request import Event, Params, Request
 from layerwise.stack.decoder import DecoderStack
-from tests.serve.plain import FULL, NARROW, Kind, drawn
+from tests.serve.plain import FULL, NARROW, STATE, Kind, drawn
 
 STACK = Kind((FULL, NARROW)).stack()
+HYBRID = Kind((STATE, FULL)).stack()
 ENGINES = [
     {"cache_tokens": 96, "block": 4, "step_tokens": 20, "running": 6},
     {"cache_tokens": 64, "block": 8, "prefix_cache": False},
     {"cache_tokens": 80, "block": 4, "groups": layered(6)},
     {"cache_tokens": 96, "block": 2, "step_tokens": 12, "drafter": Lookup(most=3, shortest=1)},
+    {"cache_tokens": 72, "block": 4, "step_tokens": 14, "running": 5},
 ]
+STACKS = [STACK, STACK, STACK, STACK, HYBRID]
 BEGINNING = [7, 8, 9, 7, 8, 9, 1, 2, 3, 4, 5, 6]
 
 
@@ -36,26 +45,25 @@ def request(seed: int, priority: int = 0) -> Request:
 
 
 @cache
-def expected(seed: int) -> list[int]:
+def expected(stack: DecoderStack, seed: int) -> list[int]:
     asked = request(seed)
-    return drawn(STACK, asked.prompt, asked.params)
+    return drawn(stack, asked.prompt, asked.params)
 
 
 class Books:
     """An engine, and what its events have said so far."""
 
-    def __init__(self, stack: DecoderStack, setting: int) -> None:
-        self.engine = Engine(stack, **ENGINES[setting])  # type: ignore[arg-type]
+    def __init__(self, setting: int) -> None:
+        self.stack = STACKS[setting]
+        self.engine = Engine(self.stack, **ENGINES[setting])  # type: ignore[arg-type]
         self.seeds: dict[str, int] = {}
         self.tokens: dict[str, list[int]] = {}
         self.cancelled: set[str] = set()
-        self.sent = 0
 
     def add(self, seed: int, priority: int = 0) -> None:
         asked = request(seed, priority)
         self.engine.add(asked)
         self.seeds[asked.id], self.tokens[asked.id] = seed, []
-        self.sent += 1
 
     def cancel(self, index: int) -> None:
         if self.seeds:
@@ -82,22 +90,25 @@ class Books:
     def _note(self, event: Event) -> None:
         tokens, seed = self.tokens[event.id], self.seeds[event.id]
         tokens += event.tokens
-        assert tokens == expected(seed)[: len(tokens)]
+        assert tokens == expected(self.stack, seed)[: len(tokens)]
         if event.finish is not None:
             assert event.finish == "length" or event.id in self.cancelled
-            assert event.finish == "cancelled" or tokens == expected(seed)
+            assert event.finish == "cancelled" or tokens == expected(self.stack, seed)
             del self.seeds[event.id], self.tokens[event.id]
 
 
 class Machine(RuleBasedStateMachine):
-    """Adds, cancels and steps in any order."""
+    """Adds, cancels and steps in any order; `sent` counts the requests of all runs."""
+
+    sent = 0
 
     @initialize(setting=st.integers(0, len(ENGINES) - 1))
     def begin(self, setting: int) -> None:
-        self.books = Books(STACK, setting)
+        self.books = Books(setting)
 
     @rule(seeds=st.lists(st.integers(0, 60), min_size=1, max_size=6), priority=st.integers(-1, 1))
     def add(self, seeds: list[int], priority: int) -> None:
+        Machine.sent += len(seeds)
         for seed in seeds:
             self.books.add(seed, priority)
 
@@ -127,16 +138,9 @@ TestMachine.settings = settings(max_examples=30, stateful_step_count=25, deadlin
 
 @pytest.mark.slow
 def test_two_thousand_requests_leave_nothing_behind() -> None:
-    chance = random.Random(0)
-    books = [Books(STACK, setting) for setting in range(len(ENGINES))]
-    while sum(one.sent for one in books) < 2000:
-        one = chance.choice(books)
-        for _ in range(chance.randrange(1, 30)):
-            one.add(chance.randrange(200), chance.randrange(3))
-        for _ in range(chance.randrange(12)):
-            one.step()
-            if chance.random() < 0.5:
-                one.cancel(chance.randrange(40))
-    for one in books:
-        one.drain()
-    assert sum(len(one.cancelled) for one in books) > 100
+    before, Machine.sent = Machine.sent, 0
+    run_state_machine_as_test(Machine, settings=settings(  # type: ignore[no-untyped-call]
+        max_examples=16, stateful_step_count=200, deadline=None, derandomize=True, database=None,
+        phases=[Phase.generate], suppress_health_check=list(HealthCheck)))
+    assert Machine.sent >= 2000
+    Machine.sent += before
