@@ -24,7 +24,7 @@ from layerwise.nets.dense import SLOW, Dense
 from layerwise.nets.dense import linear as multiply
 from layerwise.nets.feed_forward import Experts, FeedForward
 from layerwise.nets.norms import RMSNorm
-from layerwise.nets.packed import PackedLinear
+from layerwise.nets.packed import PackedEmbedding, PackedLinear
 
 FEW_TOKENS = 16
 """Up to this many tokens one fused kernel on twice the width is faster than the five of the plain norm."""
@@ -112,13 +112,37 @@ class Narrow(nn.Module):
         self.inner, self.dtype = inner, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.inner, PackedLinear) and x.numel() > MANY_TOKENS * x.shape[-1]:
-            return self.inner(x)  # type: ignore[no-any-return]
         return self.inner(x.to(self.dtype)).float()  # type: ignore[no-any-return]
 
     def logits(self, x: Tensor) -> Tensor:
         """The same, for a table that serves as the output head."""
         return self.inner.logits(x.to(self.dtype)).float()  # type: ignore[no-any-return, operator]
+
+
+class NarrowPacked(nn.Module):
+    """A packed matrix in a float32 stream: its kernel reads few rows as bfloat16, many stay as they are."""
+
+    def __init__(self, inner: PackedLinear | PackedEmbedding) -> None:
+        super().__init__()
+        self.inner = inner
+        bias = inner.bias if isinstance(inner, PackedLinear) else None
+        self.bias_O = None if bias is None else bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner
+        x_MI = x.reshape(-1, inner.in_features)
+        if len(x_MI) > MANY_TOKENS:
+            y_MO = inner.product(x_MI)
+        else:  # most layers have been laid out before, and what finds that out takes as long as a small product
+            x_MI, tiled = x_MI.to(torch.bfloat16), inner._int4
+            y_MO = (inner.product(x_MI) if tiled is None else tiled.product(x_MI)).float()
+        if self.bias_O is not None:
+            y_MO = y_MO + self.bias_O
+        return y_MO.view(*x.shape[:-1], inner.out_features)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The same, for a table that serves as the output head."""
+        return self(x)  # type: ignore[no-any-return]
 
 
 class TableHead(nn.Module):
@@ -199,7 +223,9 @@ def prepare_linear(linear: nn.Module, wide: torch.dtype | None = None) -> nn.Mod
             return Float16Linear(linear.weight, linear.bias)
         if PrepackedLinear.fits(linear.weight):
             return PrepackedLinear(linear.weight, linear.bias)
-    return linear if wide is None else Narrow(linear, wide)
+    if wide is None:
+        return linear
+    return NarrowPacked(linear) if isinstance(linear, PackedLinear) else Narrow(linear, wide)
 
 
 def _branch(branch: Branch | None, wide: torch.dtype | None) -> Branch | None:

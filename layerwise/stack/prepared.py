@@ -11,6 +11,7 @@ from layerwise.nets.decoder import Block
 from layerwise.nets.prepared import (
     Float16Linear,
     Narrow,
+    NarrowPacked,
     PrepackedLinear,
     TableHead,
     WideEmbedding,
@@ -52,4 +53,4 @@ def _head(stack: DecoderStack, wide: torch.dtype | None) -> nn.Module | None:
         if PrepackedLinear.fits(table.weight):
             return PrepackedLinear(table.weight)
         return None if wide is None else Narrow(TableHead(table), wide)
-    return None if wide is None else Narrow(table, wide)
+    return None if wide is None else NarrowPacked(table)
