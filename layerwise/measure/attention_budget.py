@@ -70,6 +70,7 @@ class AttentionBudget(Reading):
     unit: ClassVar[str] = "tokens"
     important: ClassVar[Direction | None] = "high"
     about: ClassVar[str] = "tokens the layer must keep to attend nearly as before"
+    slow: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (0 < self.mass < 1 and 0 < self.cosine < 1 and self.window >= 1):
