@@ -15,18 +15,14 @@ def engine(model: str, device: str | None, layers: Path | None, precision: str, 
            **options: Any) -> Engine:
     """Open a model and serve it by a file of layers; `options` are the engine's. Raises what these raise."""
     from layerwise.serve.engine import Engine
-    from layerwise.serve.residency import Staged
-    from layerwise.serve.table_file import read_places, read_table
+    from layerwise.serve.table_file import read_table, streams
     from layerwise.stack.decoder import DecoderStack
     from layerwise.stack.open import open
 
-    places = read_places(layers)
     _check(device)
-    stack = open(model, dtype=dtype, device=device, stream=True if places else None)
+    stack = open(model, dtype=dtype, device=device, stream=streams(layers) or None)
     if isinstance(stack, DecoderStack):
         options["table"] = read_table(stack.spec, layers, precision)
-        if places:
-            options["action"] = Staged(stack, places)
     return Engine(stack, **options)
 
 

@@ -20,6 +20,7 @@ from layerwise.serve.outcome import Outcome
 from layerwise.serve.plan import Action, in_order, plan
 from layerwise.serve.prefix import Eviction, recency
 from layerwise.serve.request import Completion, Event, Params, QueueFull, Request, TooLong
+from layerwise.serve.residency import Staged
 from layerwise.serve.runner import Runner
 from layerwise.serve.sampler import Position, logprobs, sample
 from layerwise.serve.scheduler import Limits, Scheduler
@@ -75,6 +76,8 @@ class Engine:
         self.scheduler = Scheduler(self.caches, len(stack), Limits(running, max(step_tokens, running), groups=groups))
         self.runner = Runner(self.stack, self.table, blocks, block, states)
         self.drafter, self.action = drafter, action
+        if self.table.elsewhere and action is in_order:
+            self.action = Staged(self.stack, self.table.elsewhere)
         if drafter is not None:
             if self.table.is_recurrent:
                 raise BadOption(f"guesses for {stack.name}, some of whose layers keep a state",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +18,15 @@ from layerwise.errors import BadOption
 from layerwise.nets.decoder import Block
 from layerwise.nets.flow import Flow
 from layerwise.nets.prepared import prepare
+from layerwise.serve.table import Place
 from layerwise.stack.decoder import DecoderStack
-
-Place = Literal["device", "host", "disk"]
 
 
 class Staged:
     """Runs the layers of `stack`, opened with `stream=True`, in order; `places` says where each waits.
 
-    Layers that are not named stay on the device. Raises BadOption for a stack that is held whole, a layer that is not
-    there, or "host" without a GPU, where host and device are one.
+    Layers that are not named stay on the device. Raises BadOption for a stack that is held whole, or for
+    "host" without a GPU, where host and device are one.
     """
 
     def __init__(self, stack: DecoderStack, places: Mapping[int, Place]) -> None:
@@ -82,9 +80,6 @@ def _check(stack: DecoderStack, places: Mapping[int, Place]) -> None:
         raise BadOption(f"layers of {stack.name} elsewhere, which is in memory", expected="a stack that reads layers",
                         do="open it with stream=True")
     for layer, place in places.items():
-        if not 0 <= layer < len(stack):
-            raise BadOption(f"layer {layer}", expected=f"a layer within 0..{len(stack) - 1}",
-                            do="count layers from 0")
         if place == "host" and stack.device.type == "cpu":
             raise BadOption(f"layer {layer} on the host, which is the device", expected='"device" or "disk"',
                             do="leave it on the device")

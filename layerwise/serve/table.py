@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from layerwise.errors import BadModel, BadOption
 from layerwise.spec import DTYPE_BYTES, Attention, Opaque, StackSpec, StateSpace
@@ -19,6 +19,7 @@ from layerwise.spec import DTYPE_BYTES, Attention, Opaque, StackSpec, StateSpace
 Kind = Literal["full", "window", "budget", "recurrent", "shared", "none"]
 Precision = Literal["model", "int8", "int4"]
 Scorer = Literal["recent", "norm", "attention"]
+Place = Literal["device", "host", "disk"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class LayerCache:
     """What one layer keeps: all tokens, the last `tokens`, the best `tokens`, one state, what layer `source` keeps, or
     nothing.
 
-    `skipped` layers are run by prompts only: tokens that were generated pass them by and leave nothing there.
+    `skipped` layers are run by prompts only: tokens that were generated pass them by and leave nothing there. The
+    layer's weights wait in `residency` and are brought to the device when their turn comes.
     """
 
     kind: Kind
@@ -36,6 +38,7 @@ class LayerCache:
     precision: Precision = "model"
     group: int | None = None
     skipped: bool = False
+    residency: Place = "device"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class LayerTable:
         return frozenset(layer for layer, entry in enumerate(self.layers) if entry.skipped)
 
     @property
+    def elsewhere(self) -> dict[int, Place]:
+        """Layers whose weights wait elsewhere, and where."""
+        return {layer: entry.residency for layer, entry in enumerate(self.layers) if entry.residency != "device"}
+
+    @property
     def has_budgets(self) -> bool:
         return any(group.kind == "budget" for group in self.groups)
 
@@ -80,18 +88,23 @@ class LayerTable:
 
 def layer_table(spec: StackSpec, *, precision: Precision | Mapping[int, Precision] = "model",
                 budgets: Mapping[int, int] | None = None, scorer: Scorer = "recent",
-                skip: Collection[int] = ()) -> LayerTable:
+                skip: Collection[int] = (), residency: Mapping[int, Place] | None = None) -> LayerTable:
     """Read the table off the rows; `budgets` limits the tokens that a layer keeps after its prompt.
 
     A layer whose keys others read keeps what any of them needs. Raises BadModel for rows that layerwise did not
-    build, BadOption for a layer that is not there, a budget of none, or one for a layer whose cache is not its own.
+    build, BadOption for a layer that is not there, a name that is not known, a budget of none, or one for a layer
+    whose cache is not its own.
     """
-    budgets, depth = budgets or {}, len(spec.rows)
-    for layer in (*budgets, *skip):
+    budgets, residency, depth = budgets or {}, residency or {}, len(spec.rows)
+    each = dict.fromkeys(range(depth), precision) if isinstance(precision, str) else precision
+    for layer in (*budgets, *skip, *residency, *each):
         if not 0 <= layer < depth:
             raise BadOption(f"layer {layer}", expected=f"a layer within 0..{depth - 1}", do="count layers from 0")
+    _known("precision", each.values(), get_args(Precision))
+    _known("residency", residency.values(), get_args(Place))
+    _known("scorer", [scorer], get_args(Scorer))
     entries = [replace(_kept(spec, layer, budgets.get(layer), scorer), skipped=layer in skip,
-                       precision=precision if isinstance(precision, str) else precision.get(layer, "model"))
+                       precision=each.get(layer, "model"), residency=residency.get(layer, "device"))
                for layer in range(depth)]
     keys = _group_keys(entries)
     place = {layer: index for index, layers in enumerate(keys) for layer in layers}
@@ -102,6 +115,12 @@ def layer_table(spec: StackSpec, *, precision: Precision | Mapping[int, Precisio
             raise BadOption(f"skipping layer {entry.source}, whose keys layer {layer} reads",
                             expected="a layer whose keys no running layer needs", do=f"skip layer {layer} as well")
     return LayerTable(table, tuple(_group(spec, entries, layers) for layers in keys))
+
+
+def _known(what: str, given: Iterable[str], names: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in names:
+            raise BadOption(f"{what} {name!r}", expected=f"one of {', '.join(names)}", do="choose one of these")
 
 
 def _kept(spec: StackSpec, layer: int, budget: int | None, scorer: Scorer) -> LayerCache:

@@ -4,7 +4,7 @@
      "residency": {"20-29": "disk"}}
 
 Layers count from 0; "12-29" are both ends and all between; every key may be left out. What the keys mean is said in
-`layer_table` and, of `residency`, in `Staged`.
+`layer_table`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from layerwise.errors import BadFile, BadOption
-from layerwise.serve.residency import Place
-from layerwise.serve.table import LayerTable, Precision, Scorer, layer_table
+from layerwise.errors import BadFile
+from layerwise.serve.table import LayerTable, layer_table
 from layerwise.spec import StackSpec
 
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 KEYS: dict[str, type | tuple[type, ...]] = {"precision": (str, dict), "budgets": dict, "scorer": str, "skip": list,
                                               "residency": dict}
 
 
-def read_table(spec: StackSpec, file: Path | None = None, precision: str = "model"
-               ) -> LayerTable | None:
+def read_table(spec: StackSpec, file: Path | None = None, precision: str = "model") -> LayerTable | None:
     """The table of `spec` by a file; layers of which it says no precision have `precision`.
 
     None where nothing is asked for: the engine then reads it off the rows that it runs.
@@ -36,32 +33,20 @@ def read_table(spec: StackSpec, file: Path | None = None, precision: str = "mode
     if file is None and precision == "model":
         return None
     given: dict[str, Any] = {} if file is None else _read(file)
-    chosen = given.get("precision", precision)
-    by_layer = _by_layer(chosen, file) if isinstance(chosen, dict) else {}
-    budgets = _by_layer(given.get("budgets", {}), file)
+    chosen, budgets = given.get("precision", precision), _by_layer(given.get("budgets", {}), file)
     common: Any = precision if isinstance(chosen, dict) else chosen
-    each: dict[int, Precision] = dict.fromkeys(range(len(spec.rows)), common) | by_layer
-    scorer = given.get("scorer", "recent")
-    for name, value, known in (*(("precision", value, PRECISIONS) for value in each.values()),
-                               ("scorer", scorer, get_args(Scorer))):
-        if value not in known:
-            raise BadOption(f"the {name} {value!r}", expected=", ".join(known), do="choose one of these")
-    if file and not all(isinstance(tokens, int) for tokens in budgets.values()):
+    each = dict.fromkeys(range(len(spec.rows)), common) | (_by_layer(chosen, file) if isinstance(chosen, dict) else {})
+    if not all(isinstance(tokens, int) for tokens in budgets.values()):
         raise _wrong(file, "has budgets that are no whole numbers")
-    if len(each) > len(spec.rows):
-        raise BadOption(f"layer {max(each)}", expected=f"a layer within 0..{len(spec.rows) - 1}",
-                        do="count layers from 0")
-    skip = [layer for text in given.get("skip", ()) for layer in _layers(text, file)]
-    return layer_table(spec, precision=each, budgets=budgets, scorer=scorer, skip=skip)
+    return layer_table(spec, precision=each, budgets=budgets, scorer=given.get("scorer", "recent"),
+                       skip=[layer for text in given.get("skip", ()) for layer in _layers(text, file)],
+                       residency=_by_layer(given.get("residency", {}), file))
 
 
-def read_places(file: Path | None) -> dict[int, Place]:
-    """Where the weights of layers wait, as the file says. Raises BadFile, or BadOption for another place."""
-    places = _by_layer({} if file is None else _read(file).get("residency", {}), file)
-    for place in places.values():
-        if place not in get_args(Place):
-            raise BadOption(f"the residency {place!r}", expected=", ".join(get_args(Place)), do="choose one of these")
-    return {layer: place for layer, place in places.items() if place != "device"}
+def streams(file: Path | None) -> bool:
+    """Whether the file lets layers wait elsewhere, so that the model is to be opened with `stream=True`."""
+    places = {} if file is None else _read(file).get("residency", {})
+    return any(place != "device" for place in places.values())
 
 
 def _read(file: Path) -> dict[str, Any]:

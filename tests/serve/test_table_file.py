@@ -11,7 +11,7 @@ import pytest
 from layerwise.cli import main
 from layerwise.errors import BadFile, BadOption
 from layerwise.serve.table import layer_table
-from layerwise.serve.table_file import read_places, read_table
+from layerwise.serve.table_file import read_table, streams
 from layerwise.testing.stacks import random_stack
 
 SPEC = random_stack(4).spec
@@ -29,6 +29,8 @@ def test_a_file_says_what_the_function_says(tmp_path: Path) -> None:
     expected = layer_table(SPEC, precision={0: "int8", 1: "int8", 2: "int4", 3: "int4"}, budgets={2: 9, 3: 9},
                            scorer="norm", skip=[1])
     assert read_table(SPEC, file, "int4") == expected
+    table = read_table(SPEC, written(tmp_path, {"residency": {"1-2": "disk", "0": "device"}}))
+    assert table is not None and table.elsewhere == {1: "disk", 2: "disk"}
 
 
 def test_without_a_file_all_layers_are_alike(tmp_path: Path) -> None:
@@ -52,7 +54,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path, value: Any, said: str) -> N
 
 @pytest.mark.parametrize("value", [
     {"precision": "int3"}, {"precision": {"0": "bf16"}}, {"precision": {"4": "int8"}}, {"budgets": {"0-9": 5}},
-    {"skip": [99]}, {"scorer": "best"}, {"budgets": {"0": 0}},
+    {"skip": [99]}, {"scorer": "best"}, {"budgets": {"0": 0}}, {"residency": {"1": "moon"}},
 ])  # fmt: skip
 def test_what_does_not_fit_the_model_is_refused(tmp_path: Path, value: Any) -> None:
     with pytest.raises(BadOption):
@@ -90,6 +92,5 @@ def test_layers_that_wait_on_disk_change_nothing(tmp_path: Path, tiny_folder: Pa
         assert not end.value.code
         texts.append(json.loads(out.read_text())["text"])
     assert texts[0] == texts[1]
-    assert read_places(written(tmp_path, {"residency": {"1-2": "disk", "0": "device"}})) == {1: "disk", 2: "disk"}
-    with pytest.raises(BadOption, match="moon"):
-        read_places(written(tmp_path, {"residency": {"1": "moon"}}))
+    assert streams(written(tmp_path, {"residency": {"1": "disk", "0": "device"}}))
+    assert not streams(None) and not streams(written(tmp_path, {"residency": {"1": "device"}}))
