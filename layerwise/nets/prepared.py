@@ -92,6 +92,14 @@ def may_widen(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in SLOW and _has_float16_kernel()
 
 
+def widens(block: nn.Module) -> bool:
+    """Whether `prepare` can make the block work on a float32 stream."""
+    if not isinstance(block, Block):
+        return False
+    bodies = [branch.body for branch in (block.attention, block.feed_forward) if branch is not None]
+    return all(isinstance(body, Attention | FeedForward | Experts) for body in bodies)
+
+
 @cache
 def _has_float16_kernel() -> bool:
     """Torch calls the kernel deprecated, once; the one that is to replace it takes 40 microseconds more a call."""

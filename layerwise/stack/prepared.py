@@ -18,6 +18,7 @@ from layerwise.nets.prepared import (
     may_widen,
     prepare,
     prepare_norm,
+    widens,
 )
 from layerwise.stack.decoder import DecoderStack
 
@@ -31,8 +32,7 @@ def prepared(stack: DecoderStack) -> DecoderStack:
     if stack.streamed:
         return stack
     blocks = [stack.block(layer) for layer in range(len(stack))]
-    own = all(isinstance(block, Block) for block in blocks)
-    wide = stack.dtype if own and may_widen(stack.device, stack.dtype) else None
+    wide = stack.dtype if may_widen(stack.device, stack.dtype) and all(map(widens, blocks)) else None
     laid_out = [prepare(block, wide) if isinstance(block, Block) else block for block in blocks]
     spec, embedding = stack.spec, None
     if wide is not None:
