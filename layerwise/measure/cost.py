@@ -18,13 +18,16 @@ import torch
 from layerwise.measure.base import Call, PerLayer
 from layerwise.measure.seen import Vectors
 from layerwise.measure.timing import median_seconds
-from layerwise.spec import Attention, LayerSpec
+from layerwise.spec import Attention, LayerSpec, StateSpace
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import Caches, DecoderStack
 
 
 def flops(row: LayerSpec, hidden: int, prompt: int) -> float:
-    """Operations per token of a prompt of `prompt` tokens: two per weight used, and attention itself."""
+    """Operations per token of a prompt of `prompt` tokens: two per weight used, and attention or recurrence itself.
+
+    A state is decayed, added to (an outer product) and read: five operations for each of its numbers.
+    """
     experts = row.feed_forward.experts if row.feed_forward else 0
     used = row.feed_forward.experts_per_token / experts if row.feed_forward and experts else 1
     total = 2.0 * experts * hidden
@@ -35,6 +38,8 @@ def flops(row: LayerSpec, hidden: int, prompt: int) -> float:
         window = row.mixer.window or prompt
         keys = sum(min(place, window) for place in range(1, prompt + 1)) / prompt
         total += 4 * row.mixer.heads * row.mixer.head_dim * keys
+    if isinstance(row.mixer, StateSpace):
+        total += 2 * row.mixer.conv * row.mixer.channels + 5 * row.mixer.inner * row.mixer.state
     return total
 
 

@@ -20,7 +20,7 @@ from layerwise.measure.cost import Cost, flops
 from layerwise.measure.hardware import Machine, machine
 from layerwise.measure.timing import median_seconds
 from layerwise.measure.traffic import Traffic
-from layerwise.spec import DTYPE_BYTES, Attention, LayerSpec
+from layerwise.spec import DTYPE_BYTES, Attention, LayerSpec, StateSpace
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
 
@@ -28,7 +28,7 @@ from layerwise.stack.decoder import DecoderStack
 def moved(row: LayerSpec, hidden: int, dtype: str, tokens: int, past: int = 0) -> float:
     """Bytes that `tokens` new tokens after `past` cached ones move through one layer, each once.
 
-    Weights in their format, inputs and outputs of every matrix, keys and values read and written.
+    Weights in their format, inputs and outputs of every matrix, keys and values or a state read and written.
     """
     size = DTYPE_BYTES[dtype]
     total = float(row.bytes(hidden, dtype))
@@ -37,6 +37,8 @@ def moved(row: LayerSpec, hidden: int, dtype: str, tokens: int, past: int = 0) -
         keys = min(row.mixer.window or past + tokens, past + tokens)
         total += 2 * size * row.mixer.kv_heads * row.mixer.head_dim * keys
         total += 2 * size * row.mixer.heads * row.mixer.head_dim * tokens
+    if isinstance(row.mixer, StateSpace):
+        total += 2 * row.mixer.state_bytes(dtype)
     return total
 
 

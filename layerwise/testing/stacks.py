@@ -17,12 +17,14 @@ def random_stack(
     seed: int = 0,
     dtype: str = "float32",
     row: LayerSpec | None = None,
+    rows: tuple[LayerSpec, ...] = (),
 ) -> DecoderStack:
-    """A decoder of equal rows with seeded Gaussian weights; norms are ones plus noise."""
+    """A decoder of `layers` equal rows, or of `rows`, with seeded Gaussian weights; norms are ones plus noise."""
     row = row or LayerSpec(
         Attention(heads=4, kv_heads=2, head_dim=hidden // 4), FeedForward(width=2 * hidden)
     )
-    spec = StackSpec("llama", hidden, vocabulary, (row,) * layers, dtype=dtype, context=256)  # type: ignore[arg-type]
+    rows = rows or (row,) * layers
+    spec = StackSpec("llama", hidden, vocabulary, rows, dtype=dtype, context=256)  # type: ignore[arg-type]
     decoder = Decoder(spec)
     generator = torch.Generator().manual_seed(seed)
     for parameter in decoder.parameters():

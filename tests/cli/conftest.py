@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from layerwise.cli import main
+from layerwise.spec import Attention, FeedForward, LayerSpec, StateSpace
 from layerwise.testing.stacks import random_stack
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four layers over a byte-level vocabulary."""
+    return saved(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state space, attention, and a state space alone."""
+    space = StateSpace(heads=8, head_dim=16, state=8, groups=2)
+    attention = LayerSpec(Attention(heads=4, kv_heads=2, head_dim=16), FeedForward(width=128))
+    rows = (replace(attention, mixer=space), attention, LayerSpec(space, None))
+    return saved(tmp_path_factory.mktemp("cli") / "hybrid", rows)
+
+
+def saved(folder: Path, rows: tuple[LayerSpec, ...] = ()) -> Path:
+    """A random model in bfloat16 with a tokenizer of bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -24,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
-    folder = random_stack(4, vocabulary=len(vocabulary), dtype="bfloat16").save(tmp_path_factory.mktemp("cli") / "tiny")
+    folder = random_stack(4, vocabulary=len(vocabulary), dtype="bfloat16", rows=rows).save(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     return folder

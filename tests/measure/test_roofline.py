@@ -12,7 +12,7 @@ from layerwise.errors import BadOption
 from layerwise.measure.cost import flops
 from layerwise.measure.engine import measure
 from layerwise.measure.roofline import Roofline, decoding, moved
-from layerwise.spec import Attention, FeedForward, Format, LayerSpec
+from layerwise.spec import Attention, FeedForward, Format, LayerSpec, StateSpace
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.module import ModuleStack
 
@@ -35,6 +35,15 @@ def test_packed_weights_move_fewer_bytes() -> None:
 def test_operations_of_one_token_grow_with_the_past() -> None:
     assert decoding(ROW, 64, 0) == flops(ROW, 64, 1)
     assert decoding(ROW, 64, 10) - decoding(ROW, 64, 0) == 4 * 4 * 16 * 10
+
+
+def test_a_state_takes_the_same_however_long_the_past_is() -> None:
+    row = LayerSpec(StateSpace(heads=4, head_dim=8, state=16, conv=4), None)
+    inputs = (32 + 64 + 4, 64), (64, 32)  # gate, channels and steps; output
+    assert flops(row, 64, 1) == 2 * sum(a * b for a, b in inputs) + 2 * 4 * 64 + 5 * 4 * 8 * 16
+    assert decoding(row, 64, 0) == decoding(row, 64, 1000) == flops(row, 64, 1)
+    state = 4 * (3 * 64 + 4 * 8 * 16)
+    assert moved(row, 64, "float32", 1, 99) == row.bytes(64, "float32") + 4 * sum(map(sum, inputs)) + 2 * state
 
 
 def test_a_window_ends_that() -> None:

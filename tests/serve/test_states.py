@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from layerwise.allocate.apply import apply
+from layerwise.allocate.plan import Edit, Plan
 from layerwise.errors import BadOption
 from layerwise.serve.drafts import Lookup
 from layerwise.serve.engine import Engine, layered
@@ -17,6 +19,7 @@ from layerwise.serve.request import Params, Request
 from layerwise.serve.scheduler import Limits
 from layerwise.serve.states import StatePool
 from layerwise.serve.table import layer_table
+from layerwise.spec import Format
 from layerwise.stack.decoder import DecoderStack
 from tests.serve.plain import FULL, KINDS, STATE, Kind, greedy, prompts, serve
 
@@ -142,16 +145,15 @@ def test_rehearsals_take_the_steps_of_the_engine(hybrid: DecoderStack) -> None:
     assert engine.counts.steps == len(rehearsed.steps)
 
 
-def test_packed_and_factored_matrices_are_served() -> None:
-    from layerwise.spec import Format
-
+def test_factored_and_packed_matrices_are_served() -> None:
     row = replace(STATE, ranks={"in_proj": 40, "out_proj": 30})
     stack = Kind((row, FULL)).stack()
     asked = prompts(4)
     assert [list(one.tokens) for one in serve(Engine(stack, cache_tokens=256), asked, Params(max_tokens=5))] == \
            [greedy(stack, prompt, 5) for prompt in asked]
-    from layerwise.transform import Quantize
-
-    packed = Quantize(bits=8, group=32)
-    edited = packed.edit(STATE, 64)
-    assert edited.formats == {"in_proj": Format(8, 32), "out_proj": Format(8, 32)}
+    edits = [Edit(layer, "quantize", {"bits": 8, "group": 32}) for layer in (0, 2)]
+    hybrid = KINDS["hybrid"].stack()
+    packed = apply(hybrid, Plan(hybrid.spec.fingerprint(), 4, tuple(edits)))
+    assert packed.spec.rows[0].formats == {"in_proj": Format(8, 32, True), "out_proj": Format(8, 32, True)}
+    assert [list(one.tokens) for one in serve(Engine(packed, cache_tokens=256), asked, Params(max_tokens=5))] == \
+           [greedy(packed, prompt, 5) for prompt in asked]
