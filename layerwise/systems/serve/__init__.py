@@ -1,0 +1,1 @@
+"""Systems that serve: schedules, orders and caches of an engine."""
