@@ -51,10 +51,10 @@ class Int4Matrix:
         missing = -outputs % tile
         tiles = codes_OI.new_empty(outputs + missing, digits(format.bits) * inputs // 2)
         for start in range(0, outputs + missing, CHUNK):
-            nibbles = _nibbles(codes_OI[start : start + CHUNK], format.bits)
+            nibbles = to_nibbles(codes_OI[start : start + CHUNK], format.bits)
             nibbles = F.pad(nibbles, (0, 0, 0, min(CHUNK, outputs + missing - start) - len(nibbles)))
             tiles[start : start + CHUNK] = to_tiles(nibbles.int(), 1)
-        scale_zero = F.pad(_scale_zero(scale_OG, zero_OG, format, inputs // group), (0, 0, 0, missing))
+        scale_zero = F.pad(scale_zero_pairs(scale_OG, zero_OG, format, inputs // group), (0, 0, 0, missing))
         return Int4Matrix(tiles, scale_zero.contiguous(), format, outputs, inputs, group)
 
     def product(self, x_MI: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Int4Matrix:
         assert tile is not None
         first = start - start % tile
         nibbles = _untile(self.tiles[first : stop + -stop % tile], tile)
-        return _codes(nibbles[start - first : stop - first], self.format.bits)
+        return from_nibbles(nibbles[start - first : stop - first], self.format.bits)
 
     def gather(self, rows_M: Tensor) -> Tensor:
         """The codes of the given rows, uint8 [M, I]."""
@@ -82,7 +82,7 @@ class Int4Matrix:
         bytes_TIH = self.tiles.view(len(self.tiles) // tile, -1, half)
         row_M = rows_M % tile
         nibbles = bytes_TIH[rows_M // tile, :, row_M % half] >> (4 * (row_M // half)).to(torch.uint8)[:, None]
-        return _codes(nibbles & 15, self.format.bits)
+        return from_nibbles(nibbles & 15, self.format.bits)
 
 
 def digits(bits: int) -> int:
@@ -122,19 +122,21 @@ def _offset(bits: int) -> int:
     return 8 - half if digits(bits) == 1 else 128 - half + (8 if bits < 8 else 0)
 
 
-def _nibbles(codes_OI: Tensor, bits: int) -> Tensor:
+def to_nibbles(codes_OI: Tensor, bits: int) -> Tensor:
+    """Codes as nibbles of the kernel, uint8 [O, D * I]."""
     moved = codes_OI + _offset(bits)
     return moved if digits(bits) == 1 else torch.cat([moved >> 4, moved & 15], 1)
 
 
-def _codes(nibbles: Tensor, bits: int) -> Tensor:
+def from_nibbles(nibbles: Tensor, bits: int) -> Tensor:
+    """The inverse of `to_nibbles`."""
     if digits(bits) == 2:
         high, low = nibbles.chunk(2, 1)
         nibbles = (high << 4) + low
     return nibbles - _offset(bits)
 
 
-def _scale_zero(scale_OG: Tensor, zero_OG: Tensor | None, format: Format, groups: int) -> Tensor:
+def scale_zero_pairs(scale_OG: Tensor, zero_OG: Tensor | None, format: Format, groups: int) -> Tensor:
     """[D * groups, O, 2]; each value is a stored one times a power of two, hence exact in bfloat16."""
     zero_OG = torch.zeros_like(scale_OG) if zero_OG is None else zero_OG
     repeat = groups // scale_OG.shape[1]

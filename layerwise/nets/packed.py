@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.nets.bits import pack, stored_bytes, unpack
+from layerwise.nets.cuda import FEW_ROWS as FEW_ROWS_CUDA
+from layerwise.nets.cuda import CudaInt4, int8_runs
 from layerwise.nets.dense import linear
 from layerwise.nets.int4 import Int4Matrix, digits
 from layerwise.nets.row_scales import steps_of, values_of
@@ -42,8 +44,8 @@ class PackedMatrix(nn.Module):
     """A packed [O, I] matrix: buffers `codes`, `scale` [O, G] and, unless symmetric, `zero` [O, G].
 
     8-bit symmetric whole-row codes are int8 [O, I], which torch's kernel reads as they are; all others are a
-    stream of bits, uint8 [O, S]. The first product of few bfloat16 rows on a CPU moves bit-stream codes
-    into the layout of torch's int4 kernel (4 bits a weight up to 4 bits, 8 bits above) and lets the stream
+    stream of bits, uint8 [O, S]. The first product of few bfloat16 rows moves bit-stream codes into the layout
+    of torch's int4 kernel on that device (4 bits a weight up to 4 bits, 8 bits above) and lets the stream
     go; `state_dict` writes it again, so memory never holds the codes twice. Scales and zeros of a format with
     `scale_bits` are held as bfloat16, which kernels read; `state_dict` holds their steps, `scale` and `zero` as
     streams of bits, and the rows' numbers, `scale_row` and `zero_row` [O].
@@ -59,7 +61,7 @@ class PackedMatrix(nn.Module):
         groups = math.ceil(in_features / (format.group or in_features))
         self._padded = groups * format.group or in_features
         self._direct = format.bits == 8 and format.group == 0 and format.symmetric
-        self._int4: Int4Matrix | None = None
+        self._int4: Int4Matrix | CudaInt4 | None = None
         self._operands: tuple[Tensor, Tensor] | None = None
         width, dtype = stored_bytes(self._padded, format.bits), torch.int8 if self._direct else torch.uint8
         self.register_buffer("codes", torch.zeros(out_features, width, dtype=dtype))
@@ -138,12 +140,12 @@ class PackedMatrix(nn.Module):
     # kernels -------------------------------------------------------------------------------------
 
     def _kernel(self, x_MI: Tensor) -> Tensor | None:
-        """The product through a packed CPU kernel; None where the dense product is needed or faster."""
+        """The product through a packed kernel; None where the dense product is needed or faster."""
         rows = len(x_MI)
-        if x_MI.dtype != torch.bfloat16 or x_MI.device.type != "cpu" or rows == 0:
+        if x_MI.dtype != torch.bfloat16 or rows == 0 or (torch.is_grad_enabled() and x_MI.requires_grad):
             return None
-        if torch.is_grad_enabled() and x_MI.requires_grad:
-            return None
+        if x_MI.device.type != "cpu":
+            return self._cuda_kernel(x_MI) if rows <= FEW_ROWS_CUDA else None
         if self._direct:
             if rows > FEW_ROWS_INT8 or self.in_features % 16:  # rows of other lengths lie unaligned
                 return None
@@ -151,6 +153,18 @@ class PackedMatrix(nn.Module):
             return torch._weight_int8pack_mm(aligned(x_MI.contiguous()), codes, scale_O)
         matrix = self._tiled() if rows <= FEW_ROWS_INT4[digits(self.format.bits)] else None
         return None if matrix is None else matrix.product(x_MI)
+
+    def _cuda_kernel(self, x_MI: Tensor) -> Tensor | None:
+        """The product on a GPU whose kernels are known to be right; None on others."""
+        if self._direct:
+            assert self.codes is not None
+            if not int8_runs(x_MI.device):
+                return None
+            return torch._weight_int8pack_mm(x_MI.contiguous(), self.codes, self.scale[:, 0].contiguous())
+        if self.codes is not None and CudaInt4.fits(self.format, self._padded, x_MI.device):
+            codes_OI = unpack(self.codes, self.format.bits, self._padded)
+            self._int4, self.codes = CudaInt4.build(codes_OI, self.scale, self.zero, self.format), None
+        return None if self._int4 is None else self._int4.product(x_MI)
 
     def _prepared(self) -> tuple[Tensor, Tensor]:
         """What torch's int8 kernel reads, kept because looking buffers up takes longer than a small product."""
