@@ -149,19 +149,24 @@ class Engine:
 
     def generate(self, prompts: Sequence[str | Sequence[int]], params: Params | Sequence[Params] | None = None
                  ) -> list[Completion]:
-        """Continue every prompt (text or token ids), in the order given."""
+        """Continue every prompt (text or token ids), in the order given. Where `add` raises, all of them end."""
         each = [params or Params()] * len(prompts) if isinstance(params, Params | None) else list(params)
         requests = [Request(tuple(prompt_ids(self.stack, prompt)), own)
                     for prompt, own in zip(prompts, each, strict=True)]
         events: dict[str, list[Event]] = {request.id: [] for request in requests}
         left = iter(requests)
         following = next(left, None)
-        while following or self.busy:
-            while following and len(self.scheduler.waiting) < self.waiting:
-                self.add(following)
-                following = next(left, None)
-            for event in self.step():
-                events.setdefault(event.id, []).append(event)
+        try:
+            while following or self.busy:
+                while following and len(self.scheduler.waiting) < self.waiting:
+                    self.add(following)
+                    following = next(left, None)
+                for event in self.step():
+                    events.setdefault(event.id, []).append(event)
+        except BaseException:  # Ctrl-C too
+            for request in requests:
+                self.cancel(request.id)
+            raise
         return [Completion.of(request, events[request.id]) for request in requests]
 
     # one step ------------------------------------------------------------------------------------

@@ -294,6 +294,30 @@ def test_what_cannot_be_served_is_refused(stack: DecoderStack) -> None:
             Engine(stack, **{option: 0})
 
 
+@pytest.mark.parametrize("stop_at", ["a prompt", "a step"])
+def test_nothing_goes_on_after_an_interruption(
+    stack: DecoderStack, stop_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(stack, cache_tokens=128, groups=layered(9))
+    asked = [[1, 2, 3], list(range(40)), [4] * (200 if stop_at == "a prompt" else 3)]
+    if stop_at == "a step":
+        run, steps = engine.runner.run, []
+
+        def interrupted(*given: Any) -> Tensor:
+            steps.append(1)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+            return run(*given)
+
+        monkeypatch.setattr(engine.runner, "run", interrupted)
+    with pytest.raises(TooLong if stop_at == "a prompt" else KeyboardInterrupt):
+        engine.generate(asked, Params(max_tokens=9))
+    assert not engine.scheduler.running and not engine.scheduler.waiting
+    engine.check_integrity()
+    found, = serve(engine, [[1, 2, 3]], Params(max_tokens=9))
+    assert list(found.tokens) == greedy(stack, [1, 2, 3], 9)
+
+
 @pytest.mark.parametrize("option", [
     {"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1},
     {"top_k": -1}, {"min_p": 2.0}, {"presence_penalty": float("inf")}, {"repetition_penalty": 0.0}, {"stop": ("",)},
