@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +20,10 @@ TablesOnly = Annotated[bool, typer.Option("--tables-only", help="Compare the lay
 Page = Annotated[Path | None, typer.Option("-o", "--output", help="Also write the map of similarities as a page.")]
 
 
+SCORES = ("block-influence", "relative-contribution", "logit-lens-kl")
+"""Instruments whose columns are set side by side."""
+
+
 def compare(
     a: One,
     b: One,
@@ -31,21 +36,24 @@ def compare(
     """Compare two models, or two plans.
 
     Models are compared by their layer tables and, unless --tables-only is given, layer against layer (similarity of
-    their states, drift of their weights), and by size, speed and quality.
+    their states, drift of their weights, scores), and language models by size, speed and quality.
     """
-    from layerwise.stack.open import open
+    from layerwise.cli.imported import open_model
 
     screen = Screen(as_json)
     if a.endswith(".json") and b.endswith(".json"):
         return _plans(a, b, screen)
     screen.tell(f"opening {a} and {b}")
-    before, after = open(a), open(b)
+    before, after = open_model(a), open_model(b)
     differences = before.spec.diff(after.spec)
     screen.show(f"{before.spec}\n\n{after.spec}\n")
     result = {"differences": differences, **_sizes(before, after)}
     if not tables_only:
-        result |= _layers(before, after, data, seed, output, screen)
-        result |= _measured(before, after, data, seed, screen)
+        inputs = _inputs(before, data)
+        result |= _layers(before, after, inputs, seed, output, screen)
+        result |= _scored(before, after, inputs, seed, screen)
+        if before.spec.vocabulary and after.spec.vocabulary:
+            result |= _measured(before, after, data, seed, screen)
     elif not differences:
         screen.show("the tables are equal")
     screen.finish(result)
@@ -59,15 +67,40 @@ def _plans(a: str, b: str, screen: Screen) -> None:
     screen.finish({"differences": differences})
 
 
-def _layers(a: Stack, b: Stack, data: str, seed: int, output: Path | None, screen: Screen) -> dict[str, object]:
+def _inputs(stack: Stack, data: str) -> Any:
+    """Unseen text for a language model, what the user's code makes for any other."""
+    from layerwise.cli.imported import imported, names_code
+    from layerwise.report.verify import verification_text
+
+    if names_code(data):
+        found = imported(data)
+        return list(found) if isinstance(found, Iterator) else found
+    return verification_text(stack, data).take(8)
+
+
+def _scored(a: Stack, b: Stack, inputs: Any, seed: int, screen: Screen) -> dict[str, object]:
+    """What one pass says of the layers of each, side by side where they are as many."""
+    from layerwise.measure.engine import measure, supported
+
+    names = supported(b, supported(a, SCORES))
+    both = [measure(stack, inputs, names, seed=seed, progress=False) for stack in (a, b)]
+    if len(a) == len(b):
+        table = [["layer", *both[0].columns]]
+        for layer in range(len(a)):
+            pairs = [[scores[name].values[layer] for scores in both] for name in both[0].columns]
+            table.append([str(layer), *(f"{one:.3g} -> {other:.3g}" for one, other in pairs)])
+        screen.show(f"scores of layers\n{columns(table)}\n")
+    return {"scores": [{name: column.values for name, column in scores.columns.items()} for scores in both]}
+
+
+def _layers(a: Stack, b: Stack, inputs: Any, seed: int, output: Path | None, screen: Screen) -> dict[str, object]:
     """Every layer of one beside the layer of the other at the same relative depth, and the one most alike."""
     from layerwise.io import atomic
     from layerwise.measure.similarity import drift, similarity
     from layerwise.report.charts import similarity_chart
-    from layerwise.report.verify import verification_text
 
     screen.tell("comparing the states that leave every layer")
-    found_LM, chance = similarity(a, b, verification_text(a, data).take(8), seed=seed)
+    found_LM, chance = similarity(a, b, inputs, seed=seed)
     moved = drift(a, b) if len(a) == len(b) else []
     table = [["layer", "at its depth", "most alike", "weights moved"]]
     for layer, row_M in enumerate(found_LM.tolist()):

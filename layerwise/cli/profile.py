@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from layerwise.cli.screen import Screen
 from layerwise.errors import BadData
 
 if TYPE_CHECKING:
+    from layerwise.measure.scores import Scores
     from layerwise.stack.base import Stack
 
 
@@ -44,7 +46,7 @@ def profile(
     """
     from layerwise.cli.imported import open_model
     from layerwise.io import atomic
-    from layerwise.measure.engine import measure, resolve, supported
+    from layerwise.measure.engine import measure, resolve
     from layerwise.measure.identity import identity
     from layerwise.measure.scores import Scores
     from layerwise.report.findings import findings
@@ -61,11 +63,12 @@ def profile(
         stack = open_model(model)
         run.note("model fingerprint", identity(stack))
         inputs = _inputs(stack, data, seed)
-        chosen = names if only else supported(stack, names)
+        chosen = names if only else _possible(stack, names, inputs, screen)
         screen.tell(f"measuring {len(stack)} layers by {len(chosen)} instruments")
         scores = run.step(
             "scores",
-            lambda: measure(stack, inputs, chosen, seed=seed, resume=run.path("measured.jsonl")),
+            lambda: _known(measure(stack, inputs, chosen, seed=seed, resume=run.path("measured.jsonl")),
+                           stack, deep and not only),
             file="scores.parquet",
             save=lambda found, path: found.save(path),
             load=Scores.load,
@@ -92,6 +95,35 @@ def profile(
             "columns": scores.to_json()["columns"],
         }
     )
+
+
+def _possible(stack: Stack, names: list[str], inputs: Any, screen: Screen) -> list[str]:
+    """The instruments that this model and data allow; says which are left out, and why."""
+    from layerwise.measure.engine import lacking
+
+    reasons = {name: lacking(stack, name, inputs) for name in names}
+    missing: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            missing.setdefault(reason.expected, []).append(name)
+    for expected, without in missing.items():
+        screen.tell(f"left out, for want of {expected}: {', '.join(without)}")
+    return [name for name in names if reasons[name] is None]
+
+
+def _known(scores: Scores, stack: Stack, wanted: bool) -> Scores:
+    """With columns of where facts are written, if they are wanted and the model reads text."""
+    from layerwise.measure.knowledge import knowledge
+    from layerwise.stack.decoder import DecoderStack
+    from layerwise.stack.vision import VisionLanguageStack
+
+    reads = isinstance(stack, DecoderStack) and not isinstance(stack, VisionLanguageStack)
+    if not wanted or not reads or stack.tokenizer is None:
+        return scores
+    assert isinstance(stack, DecoderStack)
+    chances, columns = knowledge(stack, stack.tokenizer)
+    return replace(scores, columns={**scores.columns, **{column.name: column for column in columns}},
+                   provenance={**scores.provenance, "knowledge": dict(chances)})
 
 
 def _inputs(stack: Stack, data: str, seed: int) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise.data.images import ImageData
 from layerwise.data.text import TextData
@@ -58,6 +59,30 @@ def as_call(item: Any) -> Call:
         expected="a tensor, a mapping or a tuple",
         do="let the data yield what the module's forward pass takes",
     )
+
+
+def labelled(call: Call, module: nn.Module) -> Call:
+    """The call without what is a label and no input: `labels` by name, or the last of (inputs, labels).
+
+    Labels are integers, one a row. A module that itself requires so many inputs, or one named `labels`, keeps them.
+    """
+    if call.labels_B is not None:
+        return call
+    required = [item for item in inspect.signature(module.forward).parameters.values()
+                if item.default is item.empty and item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)]
+    if _is_labels(call.kwargs.get("labels"), call) and "labels" not in [item.name for item in required]:
+        rest = {name: value for name, value in call.kwargs.items() if name != "labels"}
+        return replace(call, kwargs=rest, labels_B=call.kwargs["labels"])
+    if len(call.args) > max(1, len(required)) and _is_labels(call.args[-1], call):
+        return replace(call, args=call.args[:-1], labels_B=call.args[-1])
+    return call
+
+
+def _is_labels(value: Any, call: Call) -> bool:
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point():
+        return False
+    inputs = [item for item in (*call.args, *call.kwargs.values()) if isinstance(item, Tensor) and item is not value]
+    return bool(inputs) and inputs[0].dim() > 1 and len(inputs[0]) == len(value)
 
 
 def calls(data: TextData | ImageData | Iterable[Any], size: int = 8) -> Iterator[Call]:

@@ -25,6 +25,7 @@ INSTRUMENTS = Registry("instrument", {
     "relative-contribution": "layerwise.measure.relative_contribution:RelativeContribution",
     "response": "layerwise.measure.response:Response",
     "roofline": "layerwise.measure.roofline:Roofline",
+    "skip-effect": "layerwise.measure.skip_effect:SkipEffect",
     "taylor": "layerwise.measure.taylor:Taylor",
     "utilized-rank": "layerwise.measure.utilized_rank:UtilizedRank",
     "weight-l1": "layerwise.measure.weight_magnitude:WeightL1",

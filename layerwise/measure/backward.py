@@ -2,7 +2,8 @@
 
 Every layer's input is kept from one forward pass; going down, a layer runs again with gradients on, for all
 batches, and its gradients are summed in float32 with their signs. So gradients of one layer are in memory at
-a time, whatever the size of the model; the kept inputs take tokens x hidden x layers.
+a time, whatever the size of the model; the kept inputs take tokens x hidden x layers. In a module that is no decoder
+the loss is that of the labels; what reaches later layers by another way than the hidden tensor is left out.
 
 Shapes: B rows, T tokens, C hidden width, P positions.
 """
@@ -20,16 +21,17 @@ from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.measure.base import Gradient
 from layerwise.measure.ending import CHUNK
 from layerwise.measure.inputs import Input, Inputs
+from layerwise.measure.module_walk import check_classes
 from layerwise.measure.progress import Progress
 from layerwise.measure.sample import predicted
 from layerwise.measure.scores import Column
 from layerwise.nets.packed import PackedMatrix
-from layerwise.stack.base import Stack, State
+from layerwise.stack.base import Stack, State, first_tensor
 
 
 def backward_pass(stack: Stack, inputs: Inputs, instruments: Sequence[Gradient],
                   progress: Progress) -> list[tuple[Column, ...]]:
-    """The columns of every instrument, from the gradient of the mean next-token loss over all data.
+    """The columns of every instrument, from the gradient of the mean loss of next tokens, or of labels.
 
     Raises BadOption for packed layers, which have no gradient, BadModel where the gradient is not finite.
     """
@@ -59,13 +61,22 @@ def _trail(stack: Stack, item: Input, progress: Progress) -> list[State]:
 
 
 def _places(item: Input) -> Tensor:
-    """Positions with a next token, as indices into the flattened [B, T]."""
+    """Positions with a next token, as indices into the flattened [B, T]; of a module the rows."""
+    if item.labels_B is not None:
+        return torch.arange(len(item.labels_B))
     assert item.tokens_BT is not None
     return predicted(item.tokens_BT, item.mask_BT).flatten().nonzero()[:, 0]
 
 
 def _loss_gradient(stack: Stack, item: Input, last: State, count: int) -> Tensor:
     """Gradient of this batch's part of the mean loss with respect to the last hidden states, [B, T, C]."""
+    if item.labels_B is not None:
+        with torch.enable_grad():
+            hidden = last.hidden.detach().requires_grad_()
+            logits_BK = first_tensor(stack.finish(last.moved(hidden, len(stack))))
+            check_classes(logits_BK, len(item.labels_B), "gradients of the loss")
+            loss = F.cross_entropy(logits_BK.float(), item.labels_B.to(logits_BK.device), reduction="sum") / count
+            return torch.autograd.grad(loss, hidden)[0]
     assert item.tokens_BT is not None
     targets_N = item.tokens_BT.flatten().roll(-1).to(last.hidden.device)
     hidden_NC = last.hidden.flatten(0, 1)

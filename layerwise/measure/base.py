@@ -30,6 +30,8 @@ from layerwise.spec import StackSpec
 from layerwise.stack.base import Stack, State
 
 Site = Literal["input", "output", "attention", "feed_forward", "lens"]
+Needs = Literal["tokens", "labels", "output"]
+"""What must follow from the data: next tokens (decoders only), for other modules labels, or nothing but the output."""
 T = TypeVar("T")
 
 
@@ -158,7 +160,9 @@ class Reading(Instrument):
 
 
 class Gradient(Instrument):
-    """Compares weights with the gradient of the mean next-token loss over all data."""
+    """Compares weights with the gradient of the mean loss over all data: of next tokens, or for a module of labels."""
+
+    needs: ClassVar[Needs] = "labels"
 
     @abstractmethod
     def of(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
@@ -180,8 +184,11 @@ class Trial:
 class Intervention(Instrument):
     """Tries alternatives and compares the output with the original's at `tokens` positions of every row.
 
-    Layers after the change run on all tokens; the head runs only at the sampled positions.
+    Layers after the change run on all tokens; the head runs only at the sampled positions. `needs` says whether a
+    module that is no decoder can have it, and whether its data must then have labels.
     """
+
+    needs: ClassVar[Needs] = "tokens"
 
     tokens: int | None
 

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from layerwise.errors import BadOption
-from layerwise.measure.base import Intervention, Trial
+from layerwise.measure.base import Intervention, Needs, Trial
 from layerwise.measure.ending import Ending
 from layerwise.measure.scores import Column, Direction
-from layerwise.nets.initial import reset
+from layerwise.nets.initial import redrawn, reset
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
 
@@ -52,6 +52,7 @@ class Criticality(Intervention):
     unit: ClassVar[str] = "1 - cosine"
     important: ClassVar[Direction] = "high"
     about: ClassVar[str] = "how much predictions change when the layer is as before training"
+    needs: ClassVar[Needs] = "labels"
 
     def __post_init__(self) -> None:
         if self.draws < 1:
@@ -61,8 +62,10 @@ class Criticality(Intervention):
         return [Trial(layer, str(draw)) for layer in range(len(stack)) for draw in range(self.draws)]
 
     def alternative(self, stack: Stack, trial: Trial) -> nn.Module:
-        assert isinstance(stack, DecoderStack) and isinstance(trial.place, int)
+        assert isinstance(trial.place, int)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {trial.key}".encode()))
+        if not isinstance(stack, DecoderStack):
+            return redrawn(stack.block(trial.place), generator)
         return reset(stack.block(trial.place), stack.spec.rows[trial.place].norm.offset, generator)
 
     def score(self, original: Ending, changed: Ending) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadData, BadModel, BadOption
+from layerwise.errors import BadData, BadModel, BadOption, LayerwiseError
 from layerwise.measure import INSTRUMENTS, backward, reading, sweep
 from layerwise.measure.base import Call, Forward, Gradient, Instrument, Intervention, PerLayer, Reading
 from layerwise.measure.forward import Pass, forward_pass
@@ -22,6 +22,7 @@ from layerwise.measure.identity import identity
 from layerwise.measure.inputs import Inputs, fingerprint
 from layerwise.measure.journal import Journal
 from layerwise.measure.memory import enough_memory
+from layerwise.measure.module_walk import check_labels
 from layerwise.measure.progress import Progress
 from layerwise.measure.scores import Column, Scores
 from layerwise.stack.base import Stack, first_tensor
@@ -84,16 +85,20 @@ def resolve(instruments: str | Instrument | Iterable[str | Instrument]) -> list[
     return chosen
 
 
-def supported(stack: Stack, names: Iterable[str]) -> list[str]:
-    """Those of the instruments that this model can have, given data."""
-    found = []
-    for name in names:
-        try:
-            _check_model(stack, [INSTRUMENTS[name]()])
-        except BadOption:
-            continue
-        found.append(name)
-    return found
+def supported(stack: Stack, names: Iterable[str], data: Any = None) -> list[str]:
+    """Those of the instruments that this model can have; with `data`, only those for which it has labels."""
+    return [name for name in names if lacking(stack, name, data) is None]
+
+
+def lacking(stack: Stack, name: str, data: Any = None) -> LayerwiseError | None:
+    """Why this model cannot have an instrument, with `data` also for want of labels; None where it can."""
+    try:
+        _check_model(stack, [INSTRUMENTS[name]()])
+        if data is not None:
+            _check_data(stack, Inputs(stack, data), [INSTRUMENTS[name]()])
+    except (BadOption, BadData) as error:
+        return error
+    return None
 
 
 def names(kind: type[Instrument]) -> list[str]:
@@ -172,7 +177,7 @@ class _Job:
             for instrument, tally in zip(self.forward, tallies, strict=True)}
         for instrument, value in zip(self.per_layer, values, strict=True):
             made[instrument] = tuple(instrument.column(part, (found.get(part, math.nan) for found in value))
-                                     for part in instrument.parts)
+                                     for part in instrument.parts if any(part in found for found in value))
         return made
 
 
@@ -188,6 +193,16 @@ def _check(stack: Stack, inputs: Inputs | None, chosen: Sequence[Instrument]) ->
                       expected="text, or batches of the model's input",
                       do="pass data, for example layerwise.data.text.text_blocks('default', stack.tokenizer)")
     _check_model(stack, chosen)
+    if inputs is not None:
+        _check_data(stack, inputs, chosen)
+
+
+def _check_data(stack: Stack, inputs: Inputs, chosen: Sequence[Instrument]) -> None:
+    """Raise BadData where labels are needed and the data of a module has none."""
+    if not isinstance(stack, DecoderStack):
+        wanting = [i for i in chosen if isinstance(i, (Gradient, Intervention)) and i.needs == "labels"]
+        if wanting:
+            check_labels(inputs, f"the instrument {wanting[0].name!r} on {stack.name}")
 
 
 def _check_model(stack: Stack, chosen: Sequence[Instrument]) -> None:
@@ -195,6 +210,8 @@ def _check_model(stack: Stack, chosen: Sequence[Instrument]) -> None:
         return
     for instrument in chosen:
         if isinstance(instrument, PerLayer):
+            continue
+        if isinstance(instrument, (Gradient, Intervention)) and instrument.needs != "tokens":
             continue
         if not isinstance(instrument, Forward) or "lens" in instrument.sites:
             lacking = "the site 'lens'" if isinstance(instrument, Forward) else "the loss of the next token"

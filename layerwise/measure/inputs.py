@@ -11,14 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layerwise.data.batch import Batch, check_tokens
-from layerwise.data.module import Batches, Call, calls
+from layerwise.data.module import Batches, Call, calls, labelled
 from layerwise.data.text import TextData
 from layerwise.errors import BadData
 from layerwise.stack.base import Stack, State
 from layerwise.stack.decoder import DecoderStack
+from layerwise.stack.module import ModuleStack
 
 TOKENS = 2048
 """Tokens of a batch where the data leaves the choice: enough for full speed, little memory."""
@@ -26,12 +28,16 @@ TOKENS = 2048
 
 @dataclass(frozen=True)
 class Input:
-    """One batch: the call that starts a pass, and for text its tokens and mask (True at real tokens)."""
+    """One batch: the call that starts a pass, and for text its tokens and mask (True at real tokens).
+
+    `labels_B` is the class of every row, for modules whose data has labels.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     tokens_BT: Tensor | None = None
     mask_BT: Tensor | None = None
+    labels_B: Tensor | None = None
 
     def start(self, stack: Stack) -> State:
         return stack.start(*self.args, **self.kwargs)
@@ -41,7 +47,8 @@ class Inputs:
     """The batches of `data` for `stack`.
 
     For a decoder: a TextData, token ids [N, T], or batches as Batch, ids [B, T], (ids, mask) or a mapping
-    with `input_ids` and perhaps `attention_mask`. For a module whatever `layerwise.data.module.calls` takes.
+    with `input_ids` and perhaps `attention_mask`. For a module whatever `layerwise.data.module.calls` takes, with
+    labels beside the inputs or without.
     `size` is the number of rows in a batch where the data does not say. Raises BadData for no data, or ids
     that are not the model's.
     """
@@ -79,17 +86,23 @@ class Inputs:
             yield Input((batch.tokens_BT, mask_BT), batch.inputs, batch.tokens_BT, mask_BT)
 
     def _calls(self) -> Iterator[Input]:
-        for call in calls(self.data, self.size or 8):
+        for found in calls(self.data, self.size or 8):
+            call = labelled(found, self.stack.root) if isinstance(self.stack, ModuleStack) else found
             mask = call.kwargs.get("attention_mask")
-            yield Input(call.args, call.kwargs, None, mask.bool() if isinstance(mask, Tensor) else None)
+            yield Input(call.args, call.kwargs, None, mask.bool() if isinstance(mask, Tensor) else None, call.labels_B)
 
 
 def fingerprint(inputs: Iterable[Input]) -> tuple[str, int]:
-    """A hash of all tokens, masks and other inputs, and the number of real tokens; ("", 0) without tokens."""
+    """A hash of all tokens, masks, labels and other inputs, and the number of real tokens, 0 without tokens."""
     digest, count = hashlib.sha256(), 0
     for item in inputs:
         if item.tokens_BT is None:
-            return "", 0
+            given = [*enumerate(item.args), *sorted(item.kwargs.items()), ("labels", item.labels_B)]
+            for name, value in given:
+                if isinstance(value, Tensor):
+                    digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                    digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            continue
         tokens_N = item.tokens_BT if item.mask_BT is None else item.tokens_BT[item.mask_BT]
         digest.update(repr(tuple(item.tokens_BT.shape)).encode() + tokens_N.cpu().numpy().tobytes())
         for name, value in sorted(item.kwargs.items()):

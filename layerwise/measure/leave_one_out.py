@@ -1,4 +1,6 @@
-"""How much the loss grows without a layer: mean next-token loss with the layer skipped, minus the original's.
+"""How much the loss grows without a layer: mean loss with the layer skipped, minus the original's.
+
+The loss is that of the next token, for a module that is no decoder that of the label.
 
 Source: the perplexity ranking of depth pruning (arXiv 2411.15558 and others), as a difference of losses in
 nats; exp(difference) is the ratio of perplexities. Cost: layers^2 / 2 layer runs, half of starting over.
@@ -11,10 +13,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from layerwise.measure.base import Intervention, Trial
+from layerwise.measure.base import Intervention, Needs, Trial
 from layerwise.measure.ending import Ending
 from layerwise.measure.scores import Direction
-from layerwise.stack.base import Skip, Stack
+from layerwise.stack.base import Stack
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class LeaveOneOut(Intervention):
     unit: ClassVar[str] = "nats/token"
     important: ClassVar[Direction] = "high"
     about: ClassVar[str] = "how much the loss grows when the layer is skipped"
+    needs: ClassVar[Needs] = "labels"
 
     def trials(self, stack: Stack) -> list[Trial]:
         return [Trial(layer, "") for layer in range(len(stack))]
 
     def alternative(self, stack: Stack, trial: Trial) -> nn.Module:
-        return Skip()
+        assert isinstance(trial.place, int)
+        return stack.absent(trial.place)
 
     def score(self, original: Ending, changed: Ending) -> float:
         return changed.loss - original.loss

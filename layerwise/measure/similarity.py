@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadData
-from layerwise.measure.inputs import Inputs
+from layerwise.measure.inputs import Input, Inputs
 from layerwise.measure.sample import real, sample
+from layerwise.measure.seen import Vectors
 from layerwise.nets.decoder import Block
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
@@ -29,9 +30,14 @@ POINTS = 512
 
 
 @torch.no_grad()
-def states(stack: Stack, data: Any, points: int = POINTS, seed: int = 0) -> list[Tensor]:
-    """States that leave each layer at up to `points` real tokens in all, float32 [P, C] by layer."""
+def states(stack: Stack, data: Any, points: int = POINTS, seed: int = 0, pooled: bool = False) -> list[Tensor]:
+    """States that leave each layer at up to `points` real tokens in all, float32 [P, C] by layer.
+
+    With `pooled` the points of a module that is no decoder are items, each the mean over its positions.
+    """
     inputs = Inputs(stack, data)
+    if not isinstance(stack, DecoderStack):
+        return _module_states(stack, inputs, points, seed, pooled)
     share = max(1, math.ceil(points / max(1, _texts(inputs))))
     kept: list[list[Tensor]] = [[] for _ in range(len(stack))]
     for item in inputs:
@@ -42,6 +48,36 @@ def states(stack: Stack, data: Any, points: int = POINTS, seed: int = 0) -> list
             state = stack.run(state, slice(layer, layer + 1))
             kept[layer].append(state.hidden.flatten(0, 1)[place_P.to(state.hidden.device)].float().cpu())
     return [torch.cat(parts) for parts in kept]
+
+
+def _module_states(stack: Stack, inputs: Inputs, points: int, seed: int, pooled: bool) -> list[Tensor]:
+    """As `states`, of tokens where `pooled` is False, else of whole items: means over their positions."""
+    kept: list[list[Tensor]] = [[] for _ in range(len(stack))]
+    batches = list(inputs)
+    for index, item in enumerate(batches):
+        for layer, x_BTC in enumerate(_outputs(stack, item)):
+            mask_BT = item.mask_BT if item.mask_BT is not None and item.mask_BT.shape == x_BTC.shape[:2] else None
+            mask_BT = torch.ones(x_BTC.shape[:2], dtype=torch.bool) if mask_BT is None else mask_BT
+            mask_BT = mask_BT.to(x_BTC.device)
+            if pooled:
+                kept[layer].append(((x_BTC * mask_BT[..., None]).sum(1) / mask_BT.sum(1)[:, None]).cpu())
+            else:
+                order_N = torch.randperm(int(mask_BT.sum()), generator=torch.Generator().manual_seed(seed + index))
+                place_P = order_N[: math.ceil(points / len(batches))].sort().values
+                kept[layer].append(x_BTC[mask_BT][place_P.to(x_BTC.device)].cpu())
+    return [torch.cat(parts) for parts in kept]
+
+
+def _outputs(stack: Stack, item: Input) -> list[Tensor]:
+    """What leaves every layer of a module, float32 [B, T, C]."""
+    with stack.capture("output") as seen:
+        stack(*item.args, **item.kwargs)
+    return [Vectors(seen[layer, "output"]).x_BTC for layer in range(len(stack))]
+
+
+def _positions(stack: Stack, data: Any) -> set[int]:
+    """The numbers of positions that the outputs of a module's layers have."""
+    return {x_BTC.shape[1] for x_BTC in _outputs(stack, next(iter(Inputs(stack, data))))}
 
 
 def cka(a_LPC: list[Tensor], b_MPC: list[Tensor]) -> Tensor:
@@ -59,12 +95,15 @@ def cka(a_LPC: list[Tensor], b_MPC: list[Tensor]) -> Tensor:
 def similarity(a: Stack, b: Stack, data: Any, points: int = POINTS, seed: int = 0) -> tuple[Tensor, float]:
     """CKA of all pairs of layers on `data`, float64 [L, M], and its mean over pairs where tokens are shuffled.
 
+    Where the layers of two modules have outputs of different sizes, whole items are compared instead of positions.
     Raises BadData where the models do not read the same tokens.
     """
     if isinstance(a, DecoderStack) and isinstance(b, DecoderStack) and a.spec.vocabulary != b.spec.vocabulary:
         raise BadData(f"vocabularies of {a.spec.vocabulary} and {b.spec.vocabulary} tokens",
                       expected="two models with one tokenizer", do="compare their tables with --tables-only")
-    one, other = states(a, data, points, seed), states(b, data, points, seed)
+    modules = not (isinstance(a, DecoderStack) or isinstance(b, DecoderStack))
+    pooled = modules and len(_positions(a, data) | _positions(b, data)) > 1
+    one, other = states(a, data, points, seed, pooled), states(b, data, points, seed, pooled)
     order = torch.randperm(len(other[0]), generator=torch.Generator().manual_seed(seed))
     control = cka(one, [states_PC[order] for states_PC in other])
     return cka(one, other), float(control.mean())

@@ -20,30 +20,51 @@ from layerwise.measure.base import Intervention, Trial
 from layerwise.measure.ending import Ending
 from layerwise.measure.inputs import Inputs
 from layerwise.measure.journal import Journal
+from layerwise.measure.module_walk import ModuleWalk, check_classes
 from layerwise.measure.progress import Progress
 from layerwise.measure.sample import predicted, sample
 from layerwise.measure.scores import Column
 from layerwise.stack.base import Stack, State
+from layerwise.stack.decoder import DecoderStack
 
 
 def sweep(stack: Stack, inputs: Inputs, instruments: Sequence[Intervention], journals: Sequence[Journal], *,
           seed: int, progress: Progress) -> list[tuple[Column, ...]]:
-    """The columns of every instrument. BadData for texts of one token, BadModel for a broken original."""
+    """The columns of every instrument. BadData for texts of one token, BadModel for a broken original.
+
+    A layer of a module that cannot be left out, because the shape would change, is not a number.
+    """
     plans = [instrument.trials(stack) for instrument in instruments]
     if any(trial.key not in journal for plan, journal in zip(plans, journals, strict=True) for trial in plan):
-        walk = Walk(stack, inputs, [instrument.tokens for instrument in instruments], seed)
+        walk = _walk(stack, inputs, instruments, seed)
         for place in [*range(len(stack)), *_outside(plans)]:
             for index, (instrument, journal) in enumerate(zip(instruments, journals, strict=True)):
                 for trial in plans[index]:
                     if trial.place == place and trial.key not in journal:
-                        changed = walk.ending(index, instrument.alternative(stack, trial), place)
-                        score = instrument.score(walk.originals[index], changed)
-                        journal[trial.key] = math.inf if math.isnan(score) else score
+                        alternative = instrument.alternative(stack, trial)
+                        if isinstance(walk, ModuleWalk):
+                            assert isinstance(alternative, nn.Module)
+                            original, changed = walk.original, walk.ending(alternative)
+                        else:
+                            original, changed = walk.originals[index], walk.ending(index, alternative, place)
+                        if changed is not None:
+                            score = instrument.score(original, changed)
+                            journal[trial.key] = math.inf if math.isnan(score) else score
                         progress.step(len(stack) - place if isinstance(place, int) else len(stack))
             if isinstance(place, int):
                 walk.advance()
-    return [instrument.finish(len(stack), {trial: journal[trial.key] for trial in plan})
+    return [instrument.finish(len(stack), {trial: journal[trial.key] for trial in plan if trial.key in journal})
             for instrument, plan, journal in zip(instruments, plans, journals, strict=True)]
+
+
+def _walk(stack: Stack, inputs: Inputs, instruments: Sequence[Intervention], seed: int) -> Walk | ModuleWalk:
+    if isinstance(stack, DecoderStack):
+        return Walk(stack, inputs, [instrument.tokens for instrument in instruments], seed)
+    walk = ModuleWalk(stack, inputs)
+    for instrument in instruments:
+        if instrument.needs == "labels":
+            check_classes(walk.original.hidden_PC, len(walk.labels_P), repr(instrument.name))
+    return walk
 
 
 def cost(stack: Stack, instruments: Sequence[Intervention]) -> int:

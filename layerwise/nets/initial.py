@@ -1,4 +1,4 @@
-"""What the weights of a decoder are before training: Gaussian matrices, norms one, biases zero."""
+"""What weights are before training: Gaussian matrices, norms one, biases zero, or as a module itself draws them."""
 
 from __future__ import annotations
 
@@ -29,4 +29,23 @@ def reset(block: nn.Module, norm_offset: float, generator: torch.Generator) -> n
                         do="use the model before it was quantized")
     for path, weight in twin.named_parameters():
         weight.data = initial(path, weight, norm_offset, generator).to(weight)
+    return twin
+
+
+def redrawn(block: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy of any block with new weights: `reset_parameters` where a part has it, `initial` for the rest.
+
+    Statistics that a batch norm keeps begin anew too.
+    """
+    twin = copy.deepcopy(block)
+    drawn: set[nn.Parameter] = set()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        for part in twin.modules():
+            if callable(anew := getattr(part, "reset_parameters", None)):
+                anew()
+                drawn.update(part.parameters(recurse=False))
+    for path, weight in twin.named_parameters():
+        if weight not in drawn:
+            weight.data = initial(path, weight, 0.0, generator).to(weight)
     return twin

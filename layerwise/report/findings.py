@@ -5,6 +5,7 @@ Only columns that are there are spoken of: no sentence rests on anything else.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from layerwise.measure.scores import Column, Scores
 from layerwise.report.table import size
 
-TRIED = ("leave-one-out",)
+TRIED = ("leave-one-out", "skip-effect")
+"""Columns that try a layer's absence, what it costs in loss first."""
 ATTENTION = frozenset("qkvo")
 FEW = 3
 AGREE = 0.5
 """Rank correlation from which two instruments count as telling the same story."""
 EMERGED = 0.5
+KNOWN = 0.1
+"""Mean chance of the right answers below which a kind of fact counts as hardly known."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,10 @@ class Finding:
 
 
 def findings(scores: Scores) -> list[Finding]:
-    """Which layers carry the model, which could go, where what is known is written and the prediction forms, where
-    bytes, time and energy go, and how far from the hardware's limit layers run."""
-    return [*_importance(scores), *_kinds(scores), *_emergence(scores), *_bits(scores), *_bytes(scores), *_time(scores),
-            *_energy(scores), *_roofline(scores)]
+    """Which layers carry the model, which could go, where facts of what kind are written and the prediction forms,
+    where bytes, time and energy go, and how far from the hardware's limit layers run."""
+    return [*_importance(scores), *_knowledge(scores), *_kinds(scores), *_emergence(scores), *_bits(scores),
+            *_bytes(scores), *_time(scores), *_energy(scores), *_roofline(scores)]
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -49,14 +53,15 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 def ranking_columns(scores: Scores) -> list[Column]:
     """Columns that say which layers are important, measured ones first."""
     columns = [column for column in scores.columns.values() if column.important]
-    return sorted(columns, key=lambda column: column.name not in TRIED)
+    return sorted(columns, key=lambda column: TRIED.index(column.name) if column.name in TRIED else len(TRIED))
 
 
 def _importance(scores: Scores) -> Iterator[Finding]:
     columns = ranking_columns(scores)
     if not columns or len(scores.spec.rows) < 2 * FEW:
         return
-    main = next((column for column in columns if column.name in (*TRIED, "block-influence")), columns[0])
+    main = next((column for column in columns if column.name in (*TRIED, "block-influence")
+                 and any(value == value for value in column.values)), columns[0])
     order = [layer for layer in main.ranking() if not math.isnan(main.values[layer])]
     if len(order) < 2 * FEW:
         return
@@ -73,6 +78,33 @@ def _importance(scores: Scores) -> Iterator[Finding]:
                       f"(rank correlation with {main.name}: {said}).", sure=False)
     elif others:
         yield Finding(f"All {len(others)} other instruments order the layers much the same way.")
+
+
+def _knowledge(scores: Scores) -> Iterator[Finding]:
+    """Where facts of each kind are written, and whether the kinds lie apart."""
+    kinds = {name.removeprefix("knowledge:"): column for name, column in scores.columns.items()
+             if name.startswith("knowledge:")}
+    said, poor = [], []
+    chances = scores.provenance.get("knowledge", {})
+    for kind, column in kinds.items():
+        known = sorted(((value, layer) for layer, value in enumerate(column.values) if not math.isnan(value)),
+                       reverse=True)
+        if len(known) >= FEW:
+            said.append(f"{kind} {_layers([layer for _, layer in known[:FEW]])} ({known[0][0]:.2g} nats at layer "
+                        f"{known[0][1]}, chance of the answer {chances.get(kind, math.nan):.0%})")
+            poor += [kind] if chances.get(kind, 0.0) < KNOWN else []
+    if not said:
+        return
+    yield Finding(f"Facts are lost most without the feed-forward halves at their subjects in: {'; '.join(said)}.")
+    if poor:
+        yield Finding(f"The model hardly knows {', '.join(poor)}: the layers said to hold them are a guess.",
+                      sure=False)
+    pairs = [rank_correlation(a.values, b.values) for a, b in itertools.combinations(kinds.values(), 2)]
+    if pairs:
+        apart = statistics.fmean(pairs)
+        yield Finding(f"Kinds of facts share their layers with a mean rank correlation of {apart:+.2f}"
+                      + (", so that no kind has layers of its own." if apart >= AGREE else
+                         ": which layers hold what depends on the kind."), sure=abs(apart - AGREE) > 0.2)
 
 
 def _kinds(scores: Scores) -> Iterator[Finding]:
@@ -121,7 +153,13 @@ def _bits(scores: Scores) -> Iterator[Finding]:
 def _bytes(scores: Scores) -> Iterator[Finding]:
     spec = scores.spec
     total = spec.bytes()
-    if not total or not spec.vocabulary:
+    if not total:
+        return
+    if not spec.vocabulary:
+        rows = [row.bytes(spec.hidden, spec.dtype) for row in spec.rows]
+        most = max(range(len(rows)), key=rows.__getitem__)
+        yield Finding(f"Of {size(total)}, the layers hold {sum(rows) / total:.0%}, the rest lies outside them; "
+                      f"layer {most} is the largest with {rows[most] / total:.0%}.")
         return
     tables = spec.embedding_bytes() + spec.head_bytes()
     matrices = [item for row in spec.rows for item in row.matrix_bytes(spec.hidden, spec.dtype).items()]
@@ -132,7 +170,8 @@ def _bytes(scores: Scores) -> Iterator[Finding]:
 
 
 def _time(scores: Scores) -> Iterator[Finding]:
-    for name, what in (("cost:prefill-ms", "a prompt"), ("cost:decode-ms", "one token")):
+    batch = "a prompt" if scores.spec.vocabulary else "the first batch"
+    for name, what in (("cost:prefill-ms", batch), ("cost:decode-ms", "one token")):
         if name not in scores:
             continue
         values = [value for value in scores[name].values if not math.isnan(value)]
@@ -150,19 +189,21 @@ def _energy(scores: Scores) -> Iterator[Finding]:
     if "energy:prompt" not in scores:
         return
     totals = {part: [value for value in scores[f"energy:{part}"].values if not math.isnan(value)]
-              for part in ("prompt", "decode")}
+              for part in ("prompt", "decode") if f"energy:{part}" in scores}
     if not totals["prompt"]:
         return
     values = scores["energy:prompt"].values
     most = max((layer for layer, value in enumerate(values) if not math.isnan(value)), key=values.__getitem__)
-    written = f", one that is written {sum(totals['decode']):.2g} mJ" if totals["decode"] else ""
+    written = f", one that is written {sum(totals['decode']):.2g} mJ" if totals.get("decode") else ""
     total = sum(totals["prompt"])
-    yield Finding(f"By a model of energy (no meter), a token that is read costs {total:.2g} mJ in all layers{written}; "
+    one = "a token that is read" if scores.spec.vocabulary else "a place (a token, or a pixel of the map)"
+    yield Finding(f"By a model of energy (no meter), {one} costs {total:.2g} mJ in all layers{written}; "
                   f"of reading, layer {most} takes {values[most] / total:.0%}.", sure=False)
 
 
 def _roofline(scores: Scores) -> Iterator[Finding]:
-    for name, what in (("roofline:attained", "Reading a prompt"), ("roofline:decode-attained", "Writing one token")):
+    batch = "Reading a prompt" if scores.spec.vocabulary else "On the first batch"
+    for name, what in (("roofline:attained", batch), ("roofline:decode-attained", "Writing one token")):
         if name not in scores:
             continue
         values = [value for value in scores[name].values if not math.isnan(value)]

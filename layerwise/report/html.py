@@ -66,6 +66,12 @@ def profile_page(scores: Scores, model: str) -> str:
     figures["map"] = charts.rank_chart(columns)
     if "roofline:attained" in scores:
         figures["roofline"] = charts.roofline_chart(scores)
+    facts = {name.removeprefix("knowledge:"): column.values for name, column in scores.columns.items()
+             if name.startswith("knowledge:")}
+    if facts:
+        lost_LK = list(zip(*facts.values(), strict=True))
+        figures["knowledge"] = studies.heat_chart(lost_LK, list(facts), unit="nats lost", columns="kind of fact",
+                                                  centred=True)
     if "energy:prompt" in scores:
         figures["energy"] = studies.energy_chart(scores)
     if "manifold:intrinsic-dimension" in scores:

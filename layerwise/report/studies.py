@@ -94,6 +94,8 @@ def energy_chart(scores: Scores) -> Figure:
 
     figure = Figure()
     for part, (name, colour) in ENERGY.items():
+        if f"energy:{part}" not in scores:
+            continue
         column = scores[f"energy:{part}"]
         figure.add_bar(x=[str(layer) for layer in range(len(column.values))], y=list(column.values), name=name,
                        marker_color=colour,

@@ -173,7 +173,11 @@ class Stack(ABC):
 
     def skip(self, layer: int) -> AbstractContextManager[None]:
         """Leave a layer out: what enters it leaves it."""
-        return self.swap(layer, Skip())
+        return self.swap(layer, self.absent(layer))
+
+    def absent(self, layer: int) -> nn.Module:
+        """What runs in the place of a layer that is left out."""
+        return Skip()
 
     def zero(self, layer: int, site: Site) -> AbstractContextManager[None]:
         """Zeros at one site; on "attention" or "feed_forward" this knocks the half out."""

@@ -14,7 +14,7 @@ Layers are found in the module as it is (`blocks.py`), slices run by replaying i
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -90,7 +90,7 @@ class ModuleStack(Stack):
     def _pass(self, call: Call, hidden: Tensor | None, *, enter: int, first: int,
               stop: int | None) -> tuple[Any, tuple[Any, ...]]:
         replay = Replay(self.layers, call, hidden, enter=enter, first=first, stop=stop,
-                        substitutes=self._swapped, passing=self._passing)
+                        substitutes=self._swapped, passing=self.absent)
         return replay.run(self.root), tuple(replay.outputs)
 
     def _call(self, state: State) -> Call:
@@ -118,11 +118,8 @@ class ModuleStack(Stack):
             if before is not None:
                 self._swapped[layer] = before
 
-    def skip(self, layer: int) -> AbstractContextManager[None]:
-        """Leave a layer out: what enters it leaves it. BadOption if that changes the shape."""
-        return self.swap(layer, self._passing(layer))
-
-    def _passing(self, layer: int) -> nn.Module:
+    def absent(self, layer: int) -> nn.Module:
+        """What hands on what enters it, in the layer's form. Running it raises BadOption where the shape changes."""
         block = self.block(layer)
         return Passing(block, self.layers[layer][0], self._forms.setdefault(block, {}))
 

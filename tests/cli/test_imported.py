@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ CODE = """
 import torch
 from torch import nn
 def build():
+    torch.manual_seed(0)
     return nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
 def batches():
-    return [torch.ones(2, 4)]
+    return [torch.arange(24.0).view(6, 4).sin()]
 number = 3
 def broken():
     raise RuntimeError("no weights")
@@ -58,3 +60,13 @@ def test_profile_of_a_users_module(file: str, tmp_path: Path, layerwise: Callabl
     assert "cost:parameters" in ran.stdout and (tmp_path / "run" / "report.html").exists()
     without = layerwise("profile", f"{file}:build", check=False)
     assert without.returncode == 2 and "--data FILE.py:NAME" in without.stderr
+
+
+def test_deep_profile_and_comparison_of_a_users_module(file: str, layerwise: Callable[..., Any]) -> None:
+    ran = layerwise("profile", f"{file}:build", "--data", f"{file}:batches", "--deep", "-o", "run")
+    assert "skip-effect" in ran.stdout and "leave-one-out" in ran.stderr and "labels" in ran.stderr
+    ran = layerwise("compare", f"{file}:build", f"{file}:build", "--data", f"{file}:batches", "--json")
+    found = json.loads(ran.stdout)
+    assert all(row[layer] > 0.999 for layer, row in enumerate(found["similarity"]))
+    assert found["scores"][0] == found["scores"][1]
+    assert not any(value for layer in found["drift"] for value in layer.values())

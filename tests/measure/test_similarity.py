@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise.errors import BadData
 from layerwise.measure.similarity import cka, drift, similarity, states
+from layerwise.stack.module import ModuleStack
 from layerwise.testing.stacks import random_stack
 from layerwise.transform.quantize import Quantize
 
@@ -57,3 +58,24 @@ def test_drift_is_the_relative_norm() -> None:
 def test_other_tokenizers_are_refused() -> None:
     with pytest.raises(BadData, match="vocabularies of 97 and 50"):
         similarity(random_stack(2), random_stack(2, vocabulary=50), torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_modules_of_other_shapes_are_compared_item_by_item() -> None:
+    class Shrinking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*[nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)], nn.AvgPool2d(2),
+                                        *[nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    stack = ModuleStack(Shrinking().requires_grad_(False), blocks=lambda module: isinstance(module, nn.Conv2d))
+    pictures = [torch.randn(6, 3, 8, 8), torch.randn(6, 3, 8, 8)]
+    found_LM, chance = similarity(stack, stack, pictures)
+    assert torch.allclose(found_LM.diagonal(), torch.ones(6, dtype=torch.float64)) and chance < 0.9
+    with stack.capture("output") as seen:
+        stack(torch.cat(pictures))
+    means = [seen[layer, "output"].mean((2, 3)) for layer in range(6)]
+    assert torch.allclose(found_LM, cka(means, means), atol=1e-5)

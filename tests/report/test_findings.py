@@ -1,6 +1,7 @@
 """Sentences follow from the columns, and what rests on a contradiction says so."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -86,3 +87,23 @@ def test_energy_is_called_modelled_and_its_largest_layer_named() -> None:
     found = findings(scores(column("energy:prompt", values, None), column("energy:decode", values, None)))
     said = next(finding for finding in found if "model of energy" in finding.text)
     assert not said.sure and "layer 2 takes 30%" in said.text and "10 mJ" in said.text
+
+
+def facts(**kinds: list[float]) -> Scores:
+    made = scores(*(column(f"knowledge:{kind}", values, None) for kind, values in kinds.items()))
+    return replace(made, provenance={"knowledge": {kind: 0.4 if kind != "symbol" else 0.01 for kind in kinds}})
+
+
+def test_facts_are_told_by_kind_and_hardly_known_ones_are_uncertain() -> None:
+    found = findings(facts(capital=RISING, symbol=RISING[::-1]))
+    first, poor, apart = (finding for finding in found if "acts" in finding.text or "hardly" in finding.text)
+    assert first.sure and "capital layers 5, 6 and 7 (7 nats at layer 7, chance of the answer 40%)" in first.text
+    assert not poor.sure and "hardly knows symbol" in poor.text
+    assert apart.sure and "-1.00: which layers hold what depends on the kind" in apart.text
+    page = profile_page(facts(capital=RISING, language=RISING), "made up")
+    assert 'data-figure="knowledge"' in page and "no kind has layers of its own" in page
+
+
+def test_a_module_without_labels_is_judged_by_its_output() -> None:
+    first = findings(scores(column("block-influence", RISING[::-1]), column("skip-effect", RISING)))[0]
+    assert first.sure and "layers 5, 6 and 7 carry" in first.text
