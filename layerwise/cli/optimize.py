@@ -22,7 +22,9 @@ Bytes = Annotated[Amount, typer.Option("--bytes", help="Stored size, such as 55%
 Parameters = Annotated[Amount, typer.Option("--parameters", help="Number of parameters, such as 80% or 100M.")]
 Layers = Annotated[Amount, typer.Option("--layers", help="Number of layers, such as 24 or 80%.")]
 Milliseconds = Annotated[
-    Amount, typer.Option("--milliseconds", help="Time to decode one token here, such as 12 or 50%.")
+    Amount,
+    typer.Option("--decode", "--milliseconds",
+                 help="Time to decode one token here, such as 12ms, 50%, or 2.5x for as many times faster."),
 ]
 Bits = Annotated[Amount, typer.Option("--bits", help="Stored bits per parameter, such as 5.5.")]
 SolverName = Annotated[

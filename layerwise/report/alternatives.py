@@ -94,15 +94,16 @@ def _formats(labels: Iterable[str]) -> list[Alternative]:
     return mixed(labels, tables=table_formats(labels))
 
 
-def defaults_for(budget: Budget, spec: StackSpec) -> list[Alternative]:
+def defaults_for(budget: Budget, spec: StackSpec, hard: bool = False) -> list[Alternative]:
     """Alternatives that can help with this budget: formats to save bytes or time, and all others for hard budgets.
 
-    Factors, narrower layers and leaving parts out are tried where layers or parameters are limited, or where 4 bits
-    everywhere do not fit.
+    Factors, narrower layers and leaving parts out are tried where layers or parameters are limited, where 4 bits
+    everywhere do not fit, or where the budget is known to be `hard`, as one of milliseconds may be.
     """
     currencies = set(budget.given())
     labels = useful_formats(budget, spec) if currencies & {"bytes", "bits", "milliseconds"} else []
-    mild = labels and _size_at(4, spec) <= _allowed(budget, spec) and not currencies & {"parameters", "layers"}
+    fits = _size_at(4, spec) <= _allowed(budget, spec)
+    mild = labels and fits and not hard and not currencies & {"parameters", "layers"}
     if mild:
         return [keep(), *_formats(labels)]
     shapes = [*factored(RANKS, _inner(labels)), *narrowed(WIDTHS, spec)] if labels else []

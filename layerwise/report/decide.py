@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerwise.allocate.budget import Budget
 from layerwise.allocate.cost import Clock
 from layerwise.allocate.losses import Alternative
 from layerwise.allocate.plan import Plan
 from layerwise.allocate.solve import allocate
+from layerwise.errors import BadBudget
 from layerwise.measure.scores import Column, Scores
 from layerwise.nets.decoder import MATRICES
+from layerwise.report.alternatives import defaults_for, parse_alternatives
 from layerwise.spec import StackSpec
 
 
@@ -30,10 +32,18 @@ class Decide:
         )
 
     def check(self, spec: StackSpec) -> None:
-        """Raises BadBudget where no plan can meet the budget; that follows from the table alone."""
+        """Raises BadBudget where no plan can meet the budget; that follows from the table alone.
+
+        Under several limits the greedy solver may miss what can be met, so then an exact one has the last word.
+        """
         ones, outside = (1.0,) * len(spec.rows), {"embedding": 1.0, "head": 1.0}
         columns = {name: Column(name, ones, "nats/token", "high", "", outside) for name in self._columns()}
-        self(Scores(spec, columns), "greedy")
+        try:
+            self(Scores(spec, columns), "greedy")
+        except BadBudget:
+            if len(self.budget.given()) == 1:
+                raise
+            self(Scores(spec, columns), "milp")
 
     def _columns(self) -> list[str]:
         """Every column that planning may look for."""
@@ -45,3 +55,19 @@ class Decide:
             elif alternative.measured:
                 names.append(alternative.measured)
         return names
+
+
+def asked(budget: Budget, spec: StackSpec, only: Sequence[str], seed: int = 0, clock: Clock | None = None) -> Decide:
+    """The question with what `only` allows; without it formats, and all else where they alone cannot meet the budget.
+
+    Raises BadBudget where nothing can, BadOption for a word that means nothing.
+    """
+    decide = Decide(budget, parse_alternatives(only, spec) or defaults_for(budget, spec), seed, clock)
+    try:
+        decide.check(spec)
+    except BadBudget:
+        if only:
+            raise
+        decide = replace(decide, alternatives=defaults_for(budget, spec, hard=True))
+        decide.check(spec)
+    return decide

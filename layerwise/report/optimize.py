@@ -17,8 +17,8 @@ from layerwise.errors import BadData, BadModel
 from layerwise.measure.engine import measure
 from layerwise.measure.identity import identity
 from layerwise.measure.scores import Scores
-from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
-from layerwise.report.decide import Decide
+from layerwise.report.alternatives import reading, trying
+from layerwise.report.decide import Decide, asked
 from layerwise.report.heal import heal_in, load_healing
 from layerwise.report.layers import kept_layers
 from layerwise.report.report import Report
@@ -86,13 +86,11 @@ def optimize(
     duration = Duration.parse(heal) if heal else None
     stack = opened(source, tell)
     run.note("model fingerprint", identity(stack))
-    alternatives = parse_alternatives(only, stack.spec) or defaults_for(budget, stack.spec)
-    decide = Decide(budget, alternatives, seed, Stopwatch(stack.spec) if budget.milliseconds else None)
-    decide.check(stack.spec)
+    decide = asked(budget, stack.spec, only, seed, Stopwatch(stack.spec) if budget.milliseconds else None)
     calibration, trial = parted(calibration_text(stack, data, seed))
     scores = run.step(
         "scores",
-        lambda: measured_for(stack, calibration, trial, alternatives, seed, run, tell, progress),
+        lambda: measured_for(stack, calibration, trial, decide.alternatives, seed, run, tell, progress),
         file="scores.parquet",
         save=lambda scores, path: scores.save(path),
         load=Scores.load,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,10 +26,10 @@ from layerwise.report.alternatives import (
     trying,
     useful_formats,
 )
-from layerwise.report.decide import Decide
+from layerwise.report.decide import Decide, asked
 from layerwise.report.refine import Round, corrected, refine
 from layerwise.report.tried import Tried, chosen, load_tried, save_tried, try_plans
-from layerwise.spec import Format, StackSpec
+from layerwise.spec import Format, LayerSpec, StackSpec
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
 
@@ -104,6 +106,39 @@ def test_the_smallest_reachable_value_is_named_without_measuring(before_spec: St
 def test_what_can_be_met_passes(before_spec: StackSpec) -> None:
     for budget in (Budget(bytes="55%"), Budget(layers=6), Budget(bits=6.0)):
         Decide(budget, defaults_for(budget, before_spec)).check(before_spec)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A clock to which a dense matrix takes a millisecond, and a packed one `packed` of them."""
+
+    packed: float = 1.0
+
+    def row(self, row: LayerSpec) -> float:
+        return sum(self.packed if name in row.formats else 1.0 for name in row.matrices(hidden=1))
+
+    def outside(self, spec: StackSpec) -> float:
+        return 1.0
+
+
+def test_what_formats_cannot_meet_is_met_by_leaving_parts_out(before_spec: StackSpec) -> None:
+    mild, hard = (asked(Budget(milliseconds=share, bytes=0.6), before_spec, (), clock=Steps())
+                  for share in ("100%", "2x"))
+    assert "drop" not in [item.label for item in mild.alternatives]
+    assert "drop" in [item.label for item in hard.alternatives]
+    for only, share in ((["bits"], "2x"), ((), "80x")):
+        with pytest.raises(BadBudget, match="at least"):
+            asked(Budget(milliseconds=share), before_spec, only, clock=Steps())
+
+
+def test_limits_that_exclude_each_other_name_both_and_the_nearest_pair(before_spec: StackSpec) -> None:
+    """Where packed matrices are slower, the bytes can be met, and so can the time, but not both."""
+    clock, budget = Steps(packed=2.0), Budget(bytes=0.3, milliseconds="100%")
+    with pytest.raises(BadBudget, match="MB with 57 ms, which can be met alone but not together") as error:
+        asked(budget, before_spec, ["bits"], clock=clock)
+    size, time = re.findall(r"([\d.,]+) (?:bytes|ms)", error.value.expected)
+    nearest = Budget(bytes=int(size.replace(",", "")), milliseconds=float(time))
+    asked(nearest, before_spec, ["bits"], clock=clock)
 
 
 @pytest.fixture(scope="module")
