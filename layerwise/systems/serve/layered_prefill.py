@@ -52,7 +52,7 @@ class Scale:
 
 SCALES: dict[Size, Scale] = {
     "quick": Scale(6, 8, 1, 0, 5, 16, {"long": (64, 128), "short": (4, 40)}, {"long": (4, 8), "short": (4, 12)}),
-    "full": Scale(12, 16, 2, 150, 24, 64, {"long": (512, 1024), "short": (8, 128)},
+    "full": Scale(12, 16, 2, 100, 16, 64, {"long": (512, 1024), "short": (8, 128)},
                   {"long": (16, 32), "short": (16, 48)}),
 }
 Schedule = tuple[int, Callable[[int], int]]
@@ -127,7 +127,7 @@ Runs = Mapping[str, Mapping[str, Run]]
 
 
 def _tokens(stack: DecoderStack, traces: Mapping[str, Sequence[Request]], runs: Runs, scale: Scale) -> Check:
-    asked = [(trace, place) for trace in traces for place in range(min(4, scale.requests))]
+    asked = [(trace, place) for trace in traces for place in range(min(3, scale.requests))]
     other_routes = routed(stack, scale.chosen % scale.experts + 1)
 
     def alone(model: DecoderStack) -> list[list[int]]:
