@@ -86,10 +86,9 @@ class AttentionBudget(Reading):
         if not isinstance(block, Block):
             raise BadOption(f"{self.name} of {stack.name}", expected="a decoder language model",
                             do="measure what needs only 'input' and 'output'")
-        if block.attention is None:
+        body = None if block.attention is None else block.attention.body
+        if block.attention is None or not isinstance(body, Attention):
             return {}
-        body = block.attention.body
-        assert isinstance(body, Attention)
         found: dict[str, list[float]] = {part: [] for part in self.parts}
         with torch.no_grad():
             for state in states:
