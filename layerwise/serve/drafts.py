@@ -43,10 +43,11 @@ class Lookup(Drafter):
     """Prompt lookup: what followed the last `longest` to `shortest` tokens when they came before.
 
     A sequence gets twice as many guesses as before where all were right, up to `most`, and otherwise one more than
-    were: what was said twice will be said again, and wrong guesses cost time.
+    were: what was said twice will be said again, and wrong guesses cost time. Seven guesses and the token before them
+    fill two tiles of four rows, as torch's int4 kernel has them.
     """
 
-    def __init__(self, most: int = 8, longest: int = 4, shortest: int = 2) -> None:
+    def __init__(self, most: int = 7, longest: int = 4, shortest: int = 2) -> None:
         self.most, self.longest, self.shortest = most, longest, shortest
         self._seen: dict[Sequence, _Seen] = {}
 
@@ -67,7 +68,7 @@ class Lookup(Drafter):
 class _Seen:
     """Where every run of some lengths was last seen in one sequence, and how many guesses are worth making."""
 
-    def __init__(self, shortest: int, longest: int, limit: int = 8) -> None:
+    def __init__(self, shortest: int, longest: int, limit: int = 7) -> None:
         self.sizes = range(longest, shortest - 1, -1)
         self.places: dict[tuple[int, ...], int] = {}
         self.known = 0

@@ -111,7 +111,7 @@ def test_drafters_that_do_not_fit_are_refused(stack: DecoderStack) -> None:
 def test_lookup_guesses_as_many_as_come_true() -> None:
     request = Request(tuple([1, 2, 3, 4, 5, 6, 7, 8] * 3), Params())
     sequence = Sequence(request, 0, 64, 0, [])
-    row, lookup = Row(sequence, 23, 1, 1, range(1), room=8), Lookup()
+    row, lookup = Row(sequence, 23, 1, 1, range(1), room=8), Lookup(most=8)
     sizes = []
     for right in (2, 3, 0, 1, 2, 4, 8):
         lookup.draft([row])
