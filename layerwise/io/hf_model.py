@@ -88,10 +88,11 @@ class _StateCache:
 
     def __init__(self, cache: Cache, layer: int) -> None:
         while len(cache.layers) <= layer:
-            cache.layers.append(DynamicLayer())
+            cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
         if not isinstance(cache.layers[layer], LinearAttentionLayer):
             cache.layers[layer] = LinearAttentionLayer()
-        self.held, self.length = cache.layers[layer], 0
+        self.held: Any = cache.layers[layer]
+        self.length = 0
 
     @property
     def kept(self) -> tuple[Tensor, ...] | None:
