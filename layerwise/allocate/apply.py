@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerwise.allocate.plan import Plan
 from layerwise.data.text import TextData
-from layerwise.errors import BadData, BadOption, BadPlan
+from layerwise.errors import BadData, BadModel, BadOption, BadPlan
 from layerwise.nets.decoder import Block
 from layerwise.spec import LayerSpec
 from layerwise.stack.base import Stack, State
@@ -128,7 +128,10 @@ def _edited(
         if stats is None and states and "gram" in transform.needs | transform.wants:
             stats = grams(block, layer, states)
         edited_row = transform.edit(row, hidden)
-        edited = transform.apply(block, row, stats)
+        try:
+            edited = transform.apply(block, row, stats)
+        except (BadData, BadModel) as error:
+            raise type(error)(f"layer {layer}: {error.given}", expected=error.expected, do=error.do) from error
         if edited is None or edited_row is None:
             return None
         assert isinstance(edited, Block)

@@ -10,11 +10,12 @@ from layerwise.allocate.budget import Budget
 from layerwise.allocate.choices import dropped, factored, factors, keep, mixed, narrowed
 from layerwise.allocate.cost import totals
 from layerwise.allocate.losses import Alternative
-from layerwise.errors import BadOption
+from layerwise.errors import BadData, BadOption
 from layerwise.measure.base import Instrument
 from layerwise.measure.output_error import OutputError
 from layerwise.measure.response import DROPS, Response
 from layerwise.spec import BITS, Format, StackSpec
+from layerwise.transform.low_rank import share_rank
 from layerwise.transform.quantize import Quantize
 
 DROPPING: dict[str, Callable[[], Alternative]] = {
@@ -108,6 +109,26 @@ def defaults_for(budget: Budget, spec: StackSpec, hard: bool = False) -> list[Al
         return [keep(), *_formats(labels)]
     shapes = [*factored(RANKS, _inner(labels)), *narrowed(WIDTHS, spec)] if labels else []
     return [keep(), *_formats(labels), *shapes, *(make() for make in DROPPING.values())]
+
+
+def calibrated(alternatives: Sequence[Alternative], spec: StackSpec, tokens: int,
+               only: Sequence[str]) -> list[Alternative]:
+    """Those whose ranks so many tokens of calibration text can show: each token shows one direction of inputs at most.
+
+    Raises BadData where `only` asks for ranks that they cannot show.
+    """
+    shapes = {shape for row in spec.rows for shape in row.matrices(spec.hidden).values()}
+
+    def needed(alternative: Alternative) -> int:
+        share = alternative.arguments["rank"] if alternative.transform == "low-rank" else None
+        return max((share_rank(share, *shape) for shape in shapes), default=0) if share else 0
+
+    short = [alternative for alternative in alternatives if needed(alternative) > tokens]
+    if short and "rank" in only:
+        most = max(map(needed, short))
+        raise BadData(f"{tokens} tokens of calibration text for factors of rank {most}",
+                      expected=f"at least {most} tokens", do="give more text with --data, or do without rank in --only")
+    return [alternative for alternative in alternatives if alternative not in short]
 
 
 def _inner(labels: Sequence[str]) -> list[str]:

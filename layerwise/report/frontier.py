@@ -21,7 +21,7 @@ from layerwise.io import atomic
 from layerwise.measure.identity import identity
 from layerwise.measure.marginal import marginals
 from layerwise.measure.scores import Scores
-from layerwise.report.alternatives import defaults_for, parse_alternatives
+from layerwise.report.alternatives import calibrated, defaults_for, parse_alternatives
 from layerwise.report.layers import kept_layers
 from layerwise.report.optimize import Tell, calibration_text, measured_for, opened, parted
 from layerwise.report.refine import corrected
@@ -66,6 +66,7 @@ def frontier(
     ordered = sorted(shares, reverse=True)
     alternatives = parse_alternatives(only, stack.spec) or defaults_for(Budget(bytes=min(ordered)), stack.spec)
     calibration, trial = parted(calibration_text(stack, data, seed))
+    alternatives = calibrated(alternatives, stack.spec, calibration.tokens_NT.numel(), only)
     scores = run.step(
         "scores",
         lambda: measured_for(stack, calibration, trial, alternatives, seed, run, tell, progress),

@@ -17,7 +17,7 @@ from layerwise.errors import BadData, BadModel
 from layerwise.measure.engine import measure
 from layerwise.measure.identity import identity
 from layerwise.measure.scores import Scores
-from layerwise.report.alternatives import reading, trying
+from layerwise.report.alternatives import calibrated, reading, trying
 from layerwise.report.decide import Decide, asked
 from layerwise.report.heal import heal_in, load_healing
 from layerwise.report.layers import kept_layers
@@ -88,6 +88,10 @@ def optimize(
     run.note("model fingerprint", identity(stack))
     decide = asked(budget, stack.spec, only, seed, Stopwatch(stack.spec) if budget.milliseconds else None)
     calibration, trial = parted(calibration_text(stack, data, seed))
+    shown = calibrated(decide.alternatives, stack.spec, calibration.tokens_NT.numel(), only)
+    if len(shown) < len(decide.alternatives):
+        decide = replace(decide, alternatives=shown)
+        decide.check(stack.spec)
     scores = run.step(
         "scores",
         lambda: measured_for(stack, calibration, trial, decide.alternatives, seed, run, tell, progress),

@@ -128,15 +128,17 @@ def factors(weight_OI: Tensor, rank: int, gram_II: Tensor | None = None, method:
             what: str = "the matrix") -> tuple[Tensor, Tensor]:
     """(b [O, R], a [R, I]), float64; `plain` ignores the Gram matrix, the others need it.
 
+    Where no input was ever active, nothing says which directions matter, and they are those of `plain`.
     Raises BadData where the Gram matrix does not fit or shows fewer directions than `rank`, BadModel, naming
     `what`, where weights are not finite.
     """
     check_finite(weight_OI, what)
     weight_OI = weight_OI.double()
-    if method == "plain" or gram_II is None:
+    if method != "plain" and gram_II is not None:
+        check_gram(gram_II, weight_OI.shape[1], what)
+    if method == "plain" or gram_II is None or not bool(gram_II.any()):
         b_OR = _axes(weight_OI, None)[1][:, :rank]
         return b_OR, b_OR.T @ weight_OI
-    check_gram(gram_II, weight_OI.shape[1], what)
     gram_II = gram_II.to(weight_OI)
     energy_K, axes_OK = _axes(weight_OI, gram_II)
     if float(energy_K[rank - 1]) <= NOISE * len(gram_II) * float(energy_K[0]):

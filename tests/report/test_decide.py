@@ -13,10 +13,11 @@ from layerwise.allocate.budget import Budget
 from layerwise.allocate.choices import make_choices
 from layerwise.allocate.plan import Edit, Plan
 from layerwise.data.text import Source, TextData
-from layerwise.errors import BadBudget, BadFile, BadOption
+from layerwise.errors import BadBudget, BadData, BadFile, BadOption
 from layerwise.measure.engine import measure
 from layerwise.measure.scores import Scores
 from layerwise.report.alternatives import (
+    calibrated,
     check_words,
     defaults_for,
     formats,
@@ -139,6 +140,17 @@ def test_limits_that_exclude_each_other_name_both_and_the_nearest_pair(before_sp
     size, time = re.findall(r"([\d.,]+) (?:bytes|ms)", error.value.expected)
     nearest = Budget(bytes=int(size.replace(",", "")), milliseconds=float(time))
     asked(nearest, before_spec, ["bits"], clock=clock)
+
+
+def test_ranks_that_the_text_cannot_show_are_refused_or_left_out(before_spec: StackSpec) -> None:
+    """At a share of 0.8 the largest rank is that of 576 x 1536 matrices: 0.8 * 576 * 1536 / 2112 = 335, so 320."""
+    ranked = parse_alternatives(["rank"], before_spec)
+    assert calibrated(ranked, before_spec, 320, ["rank"]) == ranked
+    with pytest.raises(BadData, match="319 tokens of calibration text for factors of rank 320"):
+        calibrated(ranked, before_spec, 319, ["rank"])
+    hard = defaults_for(Budget(bytes="20%"), before_spec)
+    left = calibrated(hard, before_spec, 319, ())
+    assert {item.label.partition(",")[0] for item in hard if item not in left} == {"rank 0.8"}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import layerwise as lw
+from layerwise.allocate.plan import Edit
+from layerwise.data.text import Source, TextData
 from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.nets.decoder import Block
 from layerwise.nets.factored import FactoredLinear
@@ -19,7 +22,7 @@ from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
 from layerwise.testing.transforms import check_transform
 from layerwise.transform.gram import grams
-from layerwise.transform.low_rank import LowRank, factors, gram_rank, largest_rank, share_rank
+from layerwise.transform.low_rank import LowRank, Method, factors, gram_rank, largest_rank, share_rank
 from layerwise.transform.quantize import Quantize, values
 
 BIASED = LayerSpec(Attention(4, 2, 16, qkv_bias=True, out_bias=True), FeedForward(96, gated=False, bias=True))
@@ -174,8 +177,23 @@ def test_text_too_short_for_the_rank_is_said_in_numbers() -> None:
     assert all(bool(part.isfinite().all()) for part in factors(weight, 1, constant))
     with pytest.raises(BadData, match=r"span 1 directions, for rank 2"):
         factors(weight, 2, constant)
-    with pytest.raises(BadData, match=r"span 0 directions"):
-        factors(weight, 2, torch.zeros(40, 40))
+
+
+@pytest.mark.parametrize("method", ["whitened", "utilized"])
+def test_inputs_that_are_never_active_leave_the_plain_directions(method: Method) -> None:
+    weight_OI = problem(20, 30)[0]
+    found, plain = (factors(weight_OI, 5, gram_II, way) for gram_II, way in (
+        (torch.zeros(30, 30), method), (None, "plain")))
+    assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
+
+
+def test_carried_out_in_a_plan_the_layer_is_named() -> None:
+    stack = random_stack(3)
+    plan = lw.Plan(stack.spec.fingerprint(), 3, (Edit(2, "low-rank", {"rank": 12, "matrices": ("o",)}),))
+    tokens_NT = torch.arange(8)[None]
+    text = TextData(tokens_NT, "short", Source("short", None, "", 8, (0,)))
+    with pytest.raises(BadData, match="layer 2: calibration inputs of matrix 'o' that span 8 directions, for rank 12"):
+        lw.apply(stack, plan, text)
 
 
 def test_a_singular_gram_of_enough_directions_is_fine() -> None:
