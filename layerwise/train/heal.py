@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerwise.errors import BadData
 from layerwise.measure.identity import identity
+from layerwise.nets.dense import SLOW
 from layerwise.stack.decoder import DecoderStack
 from layerwise.train.checkpoint import Checkpoint, digest
 from layerwise.train.distill import Teacher, Weights, distillation, frozen_layers
@@ -85,9 +86,9 @@ def distil(
 
     `kept` says which layer of the original each layer of `stack` was. Training reads `tokens_NT`; the best state is
     chosen on `held_NT`, blocks of the same kind that training does not read, and where even that comes no nearer to
-    the original than `stack` was, `stack` itself is returned. Half-precision stacks are computed in half precision,
-    with weights and sums in float32. With `folder`, a killed healing goes on from its last state; in seconds, all
-    the time that `distil` takes counts. What is stored takes the bytes it took before.
+    the original than `stack` was, `stack` itself is returned. Half-precision stacks are computed in half precision
+    where the processor has it, with weights and sums in float32. With `folder`, a killed healing goes on from its last
+    state; in seconds, all the time that `distil` takes counts. What is stored takes the bytes it took before.
 
     Raises BadData without blocks to train or judge on, BadOption as `heal` and for layers that do not pair.
     """
@@ -144,8 +145,10 @@ def _judged(student: DecoderStack, held: Teacher, like: DecoderStack | None = No
 
 
 def _half(stack: DecoderStack) -> torch.autocast:
+    """Half precision where the stack is in it, unless this processor would only emulate it."""
     dtype = stack.dtype if stack.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    return torch.autocast(stack.device.type, dtype=dtype, enabled=stack.dtype != torch.float32)
+    emulated = stack.device.type == "cpu" and dtype in SLOW
+    return torch.autocast(stack.device.type, dtype=dtype, enabled=stack.dtype != torch.float32 and not emulated)
 
 
 def _trainable(student: DecoderStack) -> list[torch.nn.Parameter]:
