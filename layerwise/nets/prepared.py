@@ -77,7 +77,8 @@ class Float16Linear(nn.Module):
         """Whether the weight is on a CPU that only multiplies wider numbers, and its range is that of float16."""
         if not may_widen(weight_OI.device, weight_OI.dtype):
             return False
-        return 2**-8 <= float(weight_OI.abs().max()) < 2**15
+        least, most = map(float, torch.aminmax(weight_OI.detach()))
+        return 2**-8 <= max(-least, most) < 2**15
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self.packed, self.bias)

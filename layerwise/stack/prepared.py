@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -33,12 +34,14 @@ def prepared(stack: DecoderStack) -> DecoderStack:
         return stack
     blocks = [stack.block(layer) for layer in range(len(stack))]
     wide = stack.dtype if may_widen(stack.device, stack.dtype) and all(map(widens, blocks)) else None
-    laid_out = [prepare(block, wide) if isinstance(block, Block) else block for block in blocks]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # laying out is work for one thread
+        head = pool.submit(_head, stack, wide)
+        laid_out = list(pool.map(lambda block: prepare(block, wide) if isinstance(block, Block) else block, blocks))
     spec, embedding = stack.spec, None
     if wide is not None:
         scale = float(torch.tensor(spec.embedding_scale, dtype=wide))
         spec, embedding = replace(spec, dtype="float32", embedding_scale=scale), WideEmbedding(stack.decoder.embedding)
-    fast = stack.rebuilt(spec, laid_out, embedding=embedding, head=_head(stack, wide))
+    fast = stack.rebuilt(spec, laid_out, embedding=embedding, head=head.result())
     fast.decoder.norm = prepare_norm(stack.decoder.norm, wide)
     fast.folder = stack.folder
     return fast
