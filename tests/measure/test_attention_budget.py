@@ -11,7 +11,7 @@ from layerwise.errors import BadOption
 from layerwise.measure.attention_budget import AttentionBudget, needed
 from layerwise.measure.engine import measure
 from layerwise.nets.decoder import Block
-from layerwise.spec import Attention
+from layerwise.spec import Attention, FeedForward, LayerSpec, StateSpace
 from layerwise.stack.decoder import Caches
 from layerwise.testing import check_instrument
 from layerwise.testing.stacks import random_stack
@@ -84,3 +84,10 @@ def test_the_contract_holds_where_layers_share_keys_and_have_windows() -> None:
 def test_what_makes_no_sense_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(BadOption, match="attention-budget"):
         AttentionBudget(**options)  # type: ignore[arg-type]
+
+
+def test_a_layer_without_attention_has_none() -> None:
+    space = LayerSpec(StateSpace(heads=8, head_dim=8, state=4), None)
+    stack = random_stack(rows=(space, LayerSpec(Attention(4, 2, 16), FeedForward(64))))
+    values = measure(stack, TOKENS_BT, [AttentionBudget()])["attention-budget"].values
+    assert math.isnan(values[0]) and values[1] >= 1

@@ -131,7 +131,7 @@ def test_sizes_are_those_of_the_model(pair: Pair) -> None:
     assert pair.source.spec.bytes() == sum(t.nbytes for t in pair.ours.state_dict().values())
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma3", "mamba2", "bamba"])
 def test_bfloat16_is_as_close_as_rounding_allows(case: str, tmp_path: Path) -> None:
     theirs = tiny(case)
     ours = build(read(write(theirs, tmp_path / case), dtype="bfloat16").weights)
