@@ -59,7 +59,8 @@ def chat(
         elif text.startswith("/") and text[1:].isalpha():
             console.print(COMMANDS, style="dim")
         else:
-            reply(talk, text, console)
+            with suppress(KeyboardInterrupt):  # just before or after the answer
+                reply(talk, text, console)
     screen.finish({"messages": talk.messages})
 
 
@@ -69,7 +70,12 @@ def said(console: Console) -> Iterator[str]:
     while True:
         try:
             text = typed_line(console) if typed else next(sys.stdin).rstrip("\n")
-        except (EOFError, KeyboardInterrupt, StopIteration):
+        except KeyboardInterrupt:
+            if not typed:
+                return
+            console.print("\n(Ctrl-D ends)", style="dim")
+            continue
+        except (EOFError, StopIteration):
             return
         if text.strip() in ("/exit", "/quit"):
             return

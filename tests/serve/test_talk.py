@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import select
+import subprocess
+import sys
+import termios
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +75,64 @@ def test_the_command_answers_piped_lines(
     assert messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": expected}]
     assert said.err.count("> hi") == 2 and "6 tokens" in said.err and "never" not in said.err
     assert said.err.count("Ctrl-C") == 1
+
+
+class Terminal:
+    """The command in a terminal of its own: what is on the screen so far, and a keyboard."""
+
+    def __init__(self, *command: str) -> None:
+        self._ours, theirs = os.openpty()
+        self.running = subprocess.Popen(
+            [sys.executable, "-m", "layerwise.cli", *command], stdin=theirs, stdout=theirs, stderr=theirs,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm"})
+        os.close(theirs)
+        self.screen, self._seen = "", 0
+
+    def until(self, text: str, key: str = "") -> None:
+        """Wait until `text` is on the screen after what was waited for before; `key` is pressed until it is."""
+        end = time.monotonic() + 60
+        self.type(key)
+        while (place := self.screen.find(text, self._seen)) < 0:
+            assert time.monotonic() < end, f"{text!r} does not come: {self.screen!r}"
+            if select.select([self._ours], [], [], 0.5)[0]:
+                self.screen += os.read(self._ours, 1 << 16).decode(errors="replace")
+            else:
+                self.type(key)
+        self._seen = place + len(text)
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def ends(self, key: str) -> int:
+        """Press `key` until the command ends; its status."""
+        for _ in range(60):
+            self.type(key)
+            with suppress(subprocess.TimeoutExpired):
+                return self.running.wait(1)
+        raise AssertionError(f"it goes on: {self.screen!r}")
+
+    def close(self) -> None:
+        self.running.kill()
+        self.running.wait()
+        os.close(self._ours)
+
+
+def test_a_terminal_interrupts_an_answer_and_goes_on(tiny_folder: Path) -> None:
+    terminal = Terminal("chat", str(tiny_folder), "-t", "0", "-n", "200")
+    try:
+        terminal.until("Ctrl-C interrupts")
+        terminal.until("> ")
+        terminal.type("/what\n")
+        terminal.until("Ctrl-C interrupts")
+        terminal.type("hi\n")
+        terminal.until("tokens/s")
+        terminal.until("> ")
+        terminal.type("more\n")
+        terminal.until("more")
+        terminal.until("> ", key="\x03")  # in the midst of the answer, or after it where that was fast
+        terminal.until("Ctrl-D ends", key="\x03")
+        terminal.until("> ")
+        assert terminal.ends("\x04") == 0
+    finally:
+        terminal.close()
