@@ -60,6 +60,7 @@ INFRASTRUCTURE = {
         "memory": "running out of it",
         "module_walk": "the walk of a sweep through any module",
         "neighbours": "distances and dimensions of any cloud of points",
+        "partial": "tallies of a part of the data, as files",
         "perturbation": "perturbs parts of any network, which are not rows",
         "neuron_statistics": "every neuron of every layer, not one number a layer",
         "progress": "the progress bar",

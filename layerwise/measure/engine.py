@@ -54,7 +54,7 @@ def measure(stack: Stack, data: Any, instruments: str | Instrument | Iterable[st
     """
     chosen = resolve(instruments)
     inputs = None if data is None else Inputs(stack, data, batch)
-    _check(stack, inputs, chosen)
+    check(stack, inputs, chosen)
     model = identity(stack)
     sample, tokens = ("", 0) if inputs is None else fingerprint(inputs)
     origin = [VERSION, model, sample, seed, None if inputs is None else inputs.size]
@@ -185,7 +185,7 @@ def _named(instruments: Sequence[Instrument]) -> str:
     return " or ".join(repr(instrument.name) for instrument in instruments)
 
 
-def _check(stack: Stack, inputs: Inputs | None, chosen: Sequence[Instrument]) -> None:
+def check(stack: Stack, inputs: Inputs | None, chosen: Sequence[Instrument]) -> None:
     """Say what this model or data lacks before anything runs."""
     needing = [instrument for instrument in chosen if not isinstance(instrument, PerLayer)]
     if needing and inputs is None:
