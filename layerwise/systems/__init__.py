@@ -27,6 +27,7 @@ SYSTEMS = Registry(
         "layerwise-quant": "layerwise.systems.transform.layerwise_quant:run",
         "unified-layer-skipping": "layerwise.systems.generate.unified_layer_skipping:run",
         "kvsharer": "layerwise.systems.generate.kvsharer:run",
+        "easyspec": "layerwise.systems.generate.easyspec:run",
     },
 )
 """The systems that are done; `layerwise.systems.catalogue` lists all of them."""
