@@ -13,6 +13,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from layerwise.nets.feed_forward import Experts, FeedForward
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedEmbedding, PackedLinear
 
+M = TypeVar("M", bound=nn.Module)
+
 FEW_TOKENS = 16
 """Up to this many tokens one fused kernel on twice the width is faster than the five of the plain norm."""
 
@@ -33,7 +36,34 @@ MANY_TOKENS = 48
 """Above this a packed layer's product is a dense one anyway, which then need not be rounded."""
 
 
-class PrepackedLinear(nn.Module):
+class Direct(nn.Module):
+    """A module without hooks: a call is its `forward`, which saves as much time as a small product takes."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.forward(*arguments)
+
+
+class DirectBlock(Direct, Block):
+    """A block without hooks."""
+
+
+class DirectBranch(Direct, Branch):
+    """Half a block without hooks."""
+
+
+class DirectAttention(Direct, Attention):
+    """Attention without hooks."""
+
+
+class DirectFeedForward(Direct, FeedForward):
+    """A feed-forward network without hooks."""
+
+
+DIRECT: dict[type[nn.Module], type[nn.Module]] = {
+    Block: DirectBlock, Branch: DirectBranch, Attention: DirectAttention, FeedForward: DirectFeedForward}
+
+
+class PrepackedLinear(Direct):
     """A dense linear layer whose weight lies as oneDNN wants it; bfloat16 on a CPU, nothing is differentiated.
 
     Reading the weight of one token's product takes half the time that it takes from the plain layout.
@@ -59,7 +89,7 @@ class PrepackedLinear(nn.Module):
         return self(x)  # type: ignore[no-any-return]
 
 
-class Float16Linear(nn.Module):
+class Float16Linear(Direct):
     """A dense layer in a float32 stream whose weight lies in float16 as FBGEMM wants it, for a CPU.
 
     A token's product takes two thirds of the time of torch's bfloat16 one on AVX2, that of 4 to 16 tokens a quarter.
@@ -113,7 +143,7 @@ def _has_float16_kernel() -> bool:
         return False
 
 
-class Narrow(nn.Module):
+class Narrow(Direct):
     """A layer of half precision in a float32 stream."""
 
     def __init__(self, inner: nn.Module, dtype: torch.dtype) -> None:
@@ -128,7 +158,7 @@ class Narrow(nn.Module):
         return self.inner.logits(x.to(self.dtype)).float()  # type: ignore[no-any-return, operator]
 
 
-class NarrowPacked(nn.Module):
+class NarrowPacked(Direct):
     """A packed matrix in a float32 stream: its kernel reads few rows as bfloat16, many stay as they are."""
 
     def __init__(self, inner: PackedLinear | PackedEmbedding) -> None:
@@ -177,7 +207,7 @@ class WideEmbedding(nn.Module):
         return self.table(tokens).float()  # type: ignore[no-any-return]
 
 
-class WideRMSNorm(nn.Module):
+class WideRMSNorm(Direct):
     """RMS norm in float32 as x w / hypot(|x|, sqrt(C eps)): four kernels without copies."""
 
     def __init__(self, norm: RMSNorm) -> None:
@@ -185,13 +215,14 @@ class WideRMSNorm(nn.Module):
         width = len(norm.weight)
         self.weight = nn.Parameter((norm.weight.detach().float() + norm.offset) * width**0.5, requires_grad=False)
         self.register_buffer("floor", torch.tensor((norm.eps * width) ** 0.5), persistent=False)
+        vars(self).update(self._parameters, **self._buffers)
 
     def forward(self, x: Tensor) -> Tensor:
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return torch.mul(x, self.weight).div_(torch.hypot(size, self.floor))  # type: ignore[arg-type]
 
 
-class FastRMSNorm(nn.Module):
+class FastRMSNorm(Direct):
     """RMS norm of few tokens as the layer norm of [x, -x], whose mean is zero and whose variance is the mean square."""
 
     def __init__(self, norm: RMSNorm) -> None:
@@ -215,7 +246,14 @@ def prepare(block: Block, wide: torch.dtype | None = None) -> Block:
     """
     new = shallow(block)
     new.attention, new.feed_forward = _branch(block.attention, wide), _branch(block.feed_forward, wide)
-    return new
+    return _direct(new)
+
+
+def _direct(module: M) -> M:
+    """The module itself, from now on without hooks and with its children at hand as plain attributes."""
+    module.__class__ = DIRECT.get(type(module), type(module))  # type: ignore[assignment]
+    vars(module).update(module._modules)
+    return module
 
 
 def prepare_norm(norm: nn.Module, wide: torch.dtype | None = None) -> nn.Module:
@@ -247,7 +285,7 @@ def _branch(branch: Branch | None, wide: torch.dtype | None) -> Branch | None:
     new.body = shallow(branch.body)
     if isinstance(new.body, Experts):
         new.body = new.body if wide is None else Narrow(new.body, wide)
-        return new
+        return _direct(new)
     if isinstance(new.body, Attention):
         _join(new.body, "qkv", ("q", "k", "v"))
     if isinstance(new.body, FeedForward):
@@ -257,7 +295,8 @@ def _branch(branch: Branch | None, wide: torch.dtype | None) -> Branch | None:
             setattr(new.body, name, child if wide is None else prepare_norm(child, wide))
         else:
             setattr(new.body, name, prepare_linear(child, wide))
-    return new
+    _direct(new.body)
+    return _direct(new)
 
 
 def _join(body: nn.Module, name: str, parts: Sequence[str]) -> None:
