@@ -4,10 +4,11 @@ Claims: concept maps by layer tell when a word's usual association wins over its
 contextual pathway against hallucination rate: rho = -0.86); after a commitment layer the wrong answer is fixed;
 traced input spans are what the answer hangs on.
 
-From abstracts and an early public implementation; formulas are our reconstruction. In that code the concept
-ablation's hook is commented out, so its importances are zero, and it reads the target's chance at the prompt's
-first positions; neither is done here. Ours: sentences with known senses, naming the kind of thing instead of
-yes or no (whose bias swamps a small model), SmolLM2 for models of billions, and no judge.
+From abstracts and an early public implementation, read but not run: formulas are our reconstruction. In that code
+the concept ablation's hook is commented out, so its importances are zero, and it reads the target's chance at the
+prompt's first positions; neither is done here, and so there is no number to compare. Ours: sentences with known senses,
+naming the kind of thing instead of yes or no (whose bias swamps a small model), SmolLM2 for models of billions, and no
+judge.
 """
 
 from __future__ import annotations
