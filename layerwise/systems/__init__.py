@@ -28,6 +28,9 @@ SYSTEMS = Registry(
         "unified-layer-skipping": "layerwise.systems.generate.unified_layer_skipping:run",
         "kvsharer": "layerwise.systems.generate.kvsharer:run",
         "easyspec": "layerwise.systems.generate.easyspec:run",
+        "zigzagkv": "layerwise.systems.generate.zigzagkv:run",
+        "batchllm": "layerwise.systems.serve.batchllm:run",
+        "layered-prefill": "layerwise.systems.serve.layered_prefill:run",
     },
 )
 """The systems that are done; `layerwise.systems.catalogue` lists all of them."""

@@ -56,7 +56,7 @@ def routed(stack: DecoderStack, chosen: int) -> DecoderStack:
         twin = shallow(block)
         twin.feed_forward = shallow(block.feed_forward)
         twin.feed_forward.body = shallow(block.feed_forward.body)
-        twin.feed_forward.body.spec = half
+        twin.feed_forward.body.spec = half  # type: ignore[assignment]
         rows.append(replace(row, feed_forward=half))
         blocks.append(twin)
     return stack.rebuilt(replace(stack.spec, rows=tuple(rows)), blocks)

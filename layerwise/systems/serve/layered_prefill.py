@@ -84,9 +84,9 @@ def run(size: Size, seed: int) -> list[Check]:
             for trace, requests in traces.items()
             for pace in [_pace(stack, requests, schedules["chunked"])]}
     busy = _beside_a_stream(traces["long"][:4], scale)
-    weights = [{name: sum(layer_bytes(model.spec, step) for step in _run(model, busy, schedules[name], 0.0).steps)
-                for name in ("layered", "chunked")} for model in (dense, stack)]
-    return [_tokens(stack, traces, runs, scale), *_bytes(stack, runs, size), _dense(*weights, size),
+    plain, mixed = ({name: sum(layer_bytes(model.spec, step) for step in _run(model, busy, schedules[name], 0.0).steps)
+                     for name in ("layered", "chunked")} for model in (dense, stack))
+    return [_tokens(stack, traces, runs, scale), *_bytes(stack, runs, size), _dense(plain, mixed, size),
             *_times(runs["long"], size), _formula(runs["long"]["chunked"], scale, size)]
 
 
