@@ -40,6 +40,7 @@ def open_model(model: str) -> Stack:
     """A stack for a demo name, folder (of any family), hub id, file, or the module that code makes."""
     from torch import nn
 
+    from layerwise.stack.base import Stack
     from layerwise.stack.foreign import foreign, open_foreign
     from layerwise.stack.open import open
 
@@ -47,9 +48,11 @@ def open_model(model: str) -> Stack:
         folder = foreign(model)
         return open(model) if folder is None else open_foreign(folder)
     module = imported(model)
+    if isinstance(module, Stack):
+        return module
     if not isinstance(module, nn.Module):
-        raise BadOption(f"{model}, which makes a {type(module).__name__}", expected="a torch.nn.Module",
-                        do="return the model itself")
+        raise BadOption(f"{model}, which makes a {type(module).__name__}", expected="a torch.nn.Module, or a stack",
+                        do="return the model itself, or layerwise.open(model, blocks=[...])")
     return open(module.eval())
 
 

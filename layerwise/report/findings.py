@@ -87,7 +87,7 @@ def _knowledge(scores: Scores) -> Iterator[Finding]:
     said, poor = [], []
     chances = scores.provenance.get("knowledge", {})
     for kind, column in kinds.items():
-        known = sorted(((value, layer) for layer, value in enumerate(column.values) if not math.isnan(value)),
+        known = sorted(((value, layer) for layer, value in enumerate(column.values) if layer and not math.isnan(value)),
                        reverse=True)
         if len(known) >= FEW:
             said.append(f"{kind} {_layers([layer for _, layer in known[:FEW]])} ({known[0][0]:.2g} nats at layer "
@@ -95,7 +95,8 @@ def _knowledge(scores: Scores) -> Iterator[Finding]:
             poor += [kind] if chances.get(kind, 0.0) < KNOWN else []
     if not said:
         return
-    yield Finding(f"Facts are lost most without the feed-forward halves at their subjects in: {'; '.join(said)}.")
+    yield Finding(f"Facts are lost most without the feed-forward halves at their subjects in: {'; '.join(said)}. "
+                  "Layer 0, without which no token is what it was, is left out.")
     if poor:
         yield Finding(f"The model hardly knows {', '.join(poor)}: the layers said to hold them are a guess.",
                       sure=False)

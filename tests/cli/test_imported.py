@@ -19,6 +19,9 @@ from torch import nn
 def build():
     torch.manual_seed(0)
     return nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+def stack():
+    import layerwise
+    return layerwise.open(build(), blocks=["0", "2"])
 def batches():
     return [torch.arange(24.0).view(6, 4).sin()]
 number = 3
@@ -44,11 +47,12 @@ def test_what_means_code(text: str, expected: bool) -> None:
 def test_functions_are_called_and_models_opened(file: str) -> None:
     assert isinstance(imported(f"{file}:build"), nn.Sequential)
     assert imported(f"{file}:number") == 3
-    assert len(open_model(f"{file}:build")) == 3
+    assert len(open_model(f"{file}:build")) == 3 and len(open_model(f"{file}:stack")) == 2
 
 
 @pytest.mark.parametrize(("name", "given"), [
     ("missing", "no attribute 'missing'"), ("broken", "no weights"), ("number", "makes a int"),
+    ("batches", "makes a list"),
 ])
 def test_what_is_wrong_is_said(file: str, name: str, given: str) -> None:
     with pytest.raises(BadOption, match=given):
