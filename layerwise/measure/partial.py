@@ -80,7 +80,7 @@ class Partial:
     def load(path: str | Path) -> Partial:
         """Raises BadFile where the file is missing, damaged or something else."""
         try:
-            with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get("layerwise", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if about.get("format") != FORMAT:
@@ -136,9 +136,8 @@ def _instrument(value: Mapping[str, Any]) -> Forward[Any]:
 def _flat(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, in which tensors and arrays are replaced by the path under which they join `tensors`."""
     if isinstance(value, (Tensor, np.ndarray)):
-        array = isinstance(value, np.ndarray)
-        tensors[path] = (torch.from_numpy(value) if array else value).contiguous().clone()
-        return {"array" if array else "tensor": path}
+        tensors[path] = (value if isinstance(value, Tensor) else torch.from_numpy(value)).contiguous().clone()
+        return {"tensor" if isinstance(value, Tensor) else "array": path}
     if isinstance(value, list):
         return [_flat(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
     if isinstance(value, dict):

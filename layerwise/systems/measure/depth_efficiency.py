@@ -8,8 +8,8 @@ shallow to a deep model are best where relative depths are equal.
 From the abstract, a public fork of the official code and a note that quotes its numbers: contributions, skip
 effects (present, future, direct; whole layers and halves), erasure, integrated gradients, depth score. The authors' own
 repository could not be had. The fork's skip effects, run on a random Llama of six layers, are ours within 6e-7, present
-and future, once its cut runs along positions: with layers that return a tensor, as in current transformers, it takes the
-batch axis off first and cuts along the width, which moves effects by 14 to 42 % of the largest there. Ours: texts,
+and future, once its cut runs along positions: with layers that return a tensor, as in current transformers, it takes
+the batch axis off first and cuts along the width, which moves effects by 14 to 42 % of the largest there. Ours: texts,
 models, fewer steps of the integral, and the closed-form map: between two small models trained here, and between
 Gemma 3 270M and SmolLM2 135M where both tokenizers end a token at the same character (the original needs one
 tokenizer). Claims hold where the second half has less than half of the first, fixed before looking.
