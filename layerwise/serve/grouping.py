@@ -58,7 +58,7 @@ def stems(prompts: Sequence[Prompt], block: int) -> Stem:
     usable = [prompt[: max(0, len(prompt) - 1) // block * block] for prompt in prompts]
     root, before = Stem(0), usable[0][:0] if usable else ""
     path = [root]
-    for index in sorted(range(len(usable)), key=usable.__getitem__):
+    for index in sorted(range(len(usable)), key=lambda index: usable[index]):  # type: ignore[arg-type, return-value]
         tokens = usable[index]
         shared, last = _common(before, tokens) // block * block, root
         while path[-1].length > shared:
@@ -161,7 +161,7 @@ class Lifetimes:
     Say `done(index)` when a request has ended.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], groups: Sequence[Group], block: int) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], groups: Sequence[Group], block: int) -> None:
         self._places: dict[tuple[int, Key], int] = {}
         self._left: list[int] = [0]
         self._known: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
@@ -181,7 +181,7 @@ class Lifetimes:
     def __call__(self, node: Node) -> tuple[int, ...]:
         return int(self._left[self._place(node)] > 0), node.used, -node.depth
 
-    def _path(self, tokens: Prompt, block: int) -> list[int]:
+    def _path(self, tokens: Sequence[int], block: int) -> list[int]:
         place, found = 0, []
         for start in range(0, len(tokens), block):
             key = place, tuple(tokens[start : start + block])
