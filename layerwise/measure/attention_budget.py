@@ -95,7 +95,8 @@ class AttentionBudget(Reading):
                 heads, size = Heads(state.shared), len(state.hidden)
                 body(block.attention.norm(state.hidden), heads, layer)
                 for row, valid_S in enumerate(heads.valid_BS if heads.valid_BS is not None else [slice(None)] * size):
-                    self._sequence(body, *(x_BHSD[row][:, valid_S] for x_BHSD in heads.seen), found)
+                    q_HTD, k_HSD, v_HSD = (x_BHSD[row][:, valid_S] for x_BHSD in heads.seen)
+                    self._sequence(body, q_HTD, k_HSD, v_HSD, found)
         return {part: sum(values) / len(values) for part, values in found.items() if values}
 
     def _sequence(self, body: Attention, q_HTD: Tensor, k_HSD: Tensor, v_HSD: Tensor,

@@ -174,13 +174,12 @@ def _kept(found: Found, setting: Setting) -> float:
 def _acceptance(study: Study, found: Found, size: Size) -> Check:
     kept = {setting: _kept(found, setting) for setting in found if setting.group == GROUP and setting.calibrated}
     layers = skip.unified(study.depth, 2 * study.depth / critical_path(study.depth, GROUP))
-    itself, controls = study.models["itself"], {}
-    for name, drafter in {
-            f"feed-forward halves of {GROUP} layers at once as well": lambda: SecondModel(
-                itself, GUESSES, InGroups(GROUP, whole=True), calibrate=True),
-            f"{len(layers)} even layers, the others skipped": lambda: SomeLayers(layers, GUESSES)}.items():
-        controls[name] = {f"temperature {temperature}": str(study.ask(drafter(), temperature).share)
-                          for temperature in study.scale.temperatures}
+    drafters: dict[str, Drafter] = {
+        f"feed-forward halves of {GROUP} layers at once as well": SecondModel(
+            study.models["itself"], GUESSES, InGroups(GROUP, whole=True), calibrate=True),
+        f"{len(layers)} even layers, the others skipped": SomeLayers(layers, GUESSES)}
+    controls = {name: {f"temperature {temperature}": str(study.ask(drafter, temperature).share)
+                       for temperature in study.scale.temperatures} for name, drafter in drafters.items()}
     return Check(
         name=f"groups of {GROUP} are accepted nearly as often",
         claim=f"calibrated guesses from attention of {GROUP} layers at once are accepted at most {LOST:.0%} less often "

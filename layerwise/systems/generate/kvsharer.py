@@ -24,6 +24,7 @@ import layerwise as lw
 from layerwise.allocate.plan import Edit
 from layerwise.data import Losses, TextData, perplexity, text_blocks
 from layerwise.generate.sample import generate
+from layerwise.nets.flow import LayerCache
 from layerwise.serve.table import layer_table
 from layerwise.stack.decoder import Caches, DecoderStack
 from layerwise.systems.base import Check, Size
@@ -78,7 +79,7 @@ def distances(stack: DecoderStack, tokens_BT: Tensor) -> dict[Pair, float]:
     means = []
     for layer in range(len(stack)):
         cache = caches[layer]
-        assert cache.k is not None and cache.v is not None
+        assert isinstance(cache, LayerCache) and cache.k is not None and cache.v is not None
         means.append([kept[:, :, : cache.length].float().mean(0) for kept in (cache.k, cache.v)])
     return {(late, early): sum(float((a - b).norm(dim=-1).mean()) for a, b in zip(means[late], means[early],
                                                                                  strict=True)) / 2
