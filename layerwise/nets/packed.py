@@ -173,7 +173,7 @@ class PackedMatrix(nn.Module):
         self._operands = self.codes, self.scale[:, 0].contiguous()
         return self._operands
 
-    def _tiled(self) -> Int4Matrix | None:
+    def _tiled(self) -> Int4Matrix | CudaInt4 | None:
         """The matrix in the int4 kernel's layout, made on first use; None where the kernel cannot hold it."""
         codes = self.codes
         if codes is not None and Int4Matrix.fits(self.format, self._padded):
