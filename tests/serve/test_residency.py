@@ -68,9 +68,10 @@ def test_two_waiting_layers_are_in_memory_at_most(folder: Path, monkeypatch: pyt
 
     monkeypatch.setattr(residency, "_moved", watched)
     stack = opened(folder)
-    engine = Engine(stack, action=Staged(stack, dict.fromkeys(range(5), "disk")), cache_tokens=64)
-    engine.generate([[1, 2, 3]], Params(max_tokens=4))
-    assert most == 2
+    staged = Staged(stack, dict.fromkeys(range(5), "disk"))
+    Engine(stack, action=staged, cache_tokens=64).generate([[1, 2, 3]], Params(max_tokens=4))
+    assert 1 <= most <= 2  # one alone where a layer ran before the next had come
+    assert staged._coming is not None and staged._coming[0] == 0  # after the last layer, the first is sent for
 
 
 def test_what_cannot_wait_is_refused(folder: Path) -> None:
