@@ -9,6 +9,8 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,15 @@ SLOW = _slow()
 
 class Dense(nn.Linear):
     """`nn.Linear` by way of `linear`."""
+
+    @classmethod
+    def of(cls, weight_OI: Tensor, bias_O: Tensor | None = None) -> Self:
+        """A layer that holds these numbers and trains none."""
+        layer = cls(weight_OI.shape[1], len(weight_OI), bias=False, device="meta")
+        layer.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
+        if bias_O is not None:
+            layer.bias = nn.Parameter(bias_O.detach(), requires_grad=False)
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadData, BadOption
 from layerwise.nets.decoder import MATRICES, Block
+from layerwise.nets.dense import Dense
 from layerwise.nets.factored import FactoredLinear, Matrix
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import LayerSpec, Opaque
@@ -107,7 +108,7 @@ class LowRank(Transform):
                           do="pass data, or use method='plain', which needs none")
         b_OR, a_RI = factors(values(matrix), rank, gram_II, self.method, f"matrix {name!r}")
         dtype = _dtype(matrix)
-        factored = FactoredLinear(linear(a_RI.to(dtype)), linear(b_OR.to(dtype), matrix.bias))
+        factored = FactoredLinear(Dense.of(a_RI.to(dtype)), Dense.of(b_OR.to(dtype), matrix.bias))
         format = row.formats.get(name)
         return cast(FactoredLinear, packed(factored, format, "search", gram_II)) if format else factored
 
@@ -168,16 +169,6 @@ def gram_rank(gram_II: Tensor) -> int:
     scaled_LL = gram_II.double()[live_I][:, live_I] / torch.outer(scale_I[live_I], scale_I[live_I])
     energy_L = torch.linalg.eigvalsh(scaled_LL)
     return int((energy_L > NOISE * energy_L[-1]).sum())
-
-
-def linear(weight_OI: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A frozen dense layer of these tensors."""
-    with torch.device("meta"):
-        layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return layer
 
 
 def _axes(weight_OI: Tensor, gram_II: Tensor | None) -> tuple[Tensor, Tensor]:

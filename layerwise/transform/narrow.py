@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadData, BadOption
 from layerwise.nets.decoder import Block
+from layerwise.nets.dense import Dense
 from layerwise.nets.factored import FactoredLinear, Matrix
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Attention, FeedForward, LayerSpec, Opaque, StateSpace
 from layerwise.transform.base import Stats, Transform
 from layerwise.transform.gptq import check_gram
-from layerwise.transform.low_rank import linear
 from layerwise.transform.quantize import packed, values
 from layerwise.transform.rounding import check_finite
 
@@ -183,7 +183,7 @@ def rows_of(matrix: Matrix, kept_K: Tensor) -> Matrix:
     if isinstance(matrix, FactoredLinear):
         return FactoredLinear(matrix.a, cast(Any, rows_of(matrix.b, kept_K)))
     if isinstance(matrix, nn.Linear):
-        return linear(matrix.weight[kept_K], None if matrix.bias is None else matrix.bias[kept_K])
+        return Dense.of(matrix.weight[kept_K], None if matrix.bias is None else matrix.bias[kept_K])
     narrow = PackedLinear.empty(len(kept_K), matrix.in_features, matrix.format, matrix.bias is not None)
     narrow.load_state_dict({name: tensor[kept_K] for name, tensor in matrix.state_dict().items()}, assign=True)
     return narrow.requires_grad_(False)
@@ -216,7 +216,7 @@ def _times(matrix: Matrix, mixing_IK: Tensor) -> Matrix:
     if isinstance(matrix, FactoredLinear):
         return FactoredLinear(cast(Any, _times(matrix.a, mixing_IK)), matrix.b)
     weight_OI = values(matrix)
-    return linear((weight_OI.to(mixing_IK) @ mixing_IK).to(weight_OI.dtype), matrix.bias)
+    return Dense.of((weight_OI.to(mixing_IK) @ mixing_IK).to(weight_OI.dtype), matrix.bias)
 
 
 def _with(block: Block, matrices: Mapping[str, nn.Module], name: str, spec: FeedForward | Attention) -> Block:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadOption
 from layerwise.nets.decoder import Block, shallow
+from layerwise.nets.dense import Dense
 from layerwise.nets.feed_forward import Experts
 from layerwise.spec import Attention, LayerSpec, Opaque, StackSpec
 from layerwise.stack.decoder import DecoderStack
 from layerwise.transform.base import Stats, Transform
-from layerwise.transform.scale_inputs import dense_linear
 
 READS = ("q", "k", "v", "in_proj", "gate", "up")
 WRITES = ("o", "down")
@@ -66,8 +66,8 @@ class RotateValues(Transform):
         if v.bias is not None:
             bias_KD1 = _wide(v.bias).view(mixer.kv_heads, mixer.head_dim, 1)
             bias = (turn_KDD.to(bias_KD1) @ bias_KD1).flatten().to(v.bias.dtype)
-        return block.with_matrices({"v": dense_linear(new_v.to(v.weight.dtype), bias),
-                                    "o": dense_linear(new_o.to(o.weight.dtype), o.bias)})
+        return block.with_matrices({"v": Dense.of(new_v.to(v.weight.dtype), bias),
+                                    "o": Dense.of(new_o.to(o.weight.dtype), o.bias)})
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def _rotated(block: Block, turn_CC: Tensor) -> Block:
         else:
             weight_OI = (turn_CC @ weight_OI.view(-1, len(turn_CC), weight_OI.shape[1])).flatten(0, 1)
             bias_O = None if bias_O is None else nn.Parameter((turn_CC @ bias_O.double()).to(bias_O.dtype))
-        new[name] = dense_linear(weight_OI.to(matrix.weight.dtype), bias_O)
+        new[name] = Dense.of(weight_OI.to(matrix.weight.dtype), bias_O)
     block = block.with_matrices(new)
     for branch in (block.attention, block.feed_forward):
         if branch is None:
@@ -124,7 +124,7 @@ def _rotated(block: Block, turn_CC: Tensor) -> Block:
         if isinstance(branch.body, Experts):
             router = branch.body.router.weight
             turned = (router.double() * gain(branch.norm) @ turn_CC.T).to(router.dtype)
-            branch.body.router = dense_linear(turned, branch.body.router.bias)
+            branch.body.router = Dense.of(turned, branch.body.router.bias)
         branch.norm = _without_gain(branch.norm)
     return block
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadData, BadOption
 from layerwise.nets.decoder import Block, shallow
+from layerwise.nets.dense import Dense
 from layerwise.nets.feed_forward import FeedForward
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedLinear
@@ -184,16 +185,7 @@ def _linear(matrix: nn.Module, columns_I: Tensor | None = None, rows_O: Tensor |
     if rows_O is not None:
         work_OI = work_OI * rows_O.to(work_OI)[:, None]
         bias_O = None if bias_O is None else bias_O * rows_O.to(bias_O)
-    return dense_linear(work_OI.to(weight_OI.dtype), bias_O)
-
-
-def dense_linear(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
-    """A linear layer that holds these numbers and trains none."""
-    layer = nn.Linear(weight_OI.shape[1], len(weight_OI), bias=bias_O is not None, device="meta")
-    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
-    if bias_O is not None:
-        layer.bias = nn.Parameter(bias_O.detach(), requires_grad=False)
-    return layer
+    return Dense.of(work_OI.to(weight_OI.dtype), bias_O)
 
 
 def _weight(matrix: nn.Module) -> Tensor:
