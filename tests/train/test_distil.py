@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,20 +168,25 @@ def test_the_state_of_another_healing_is_refused(
 
 def test_a_time_is_kept_and_counted_over_kills(original: DecoderStack, tokens_NT: Tensor, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only steps move, 0.25 s each: the kill at the fifth loses that one, and 16 fill 4 seconds."""
+    now = [0.0]
+    for module in ("loop", "heal"):
+        monkeypatch.setattr(f"layerwise.train.{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(Checkpoint, "due", lambda self: True)
     recipe = replace(RECIPE, seconds=4.0)
 
-    def slow(step: int) -> None:
-        time.sleep(0.3)
-        if step == 4:
+    def step(number: int) -> None:
+        now[0] += 0.25
+
+    def killed(number: int) -> None:
+        if number == 5:
             raise Killed
 
     with pytest.raises(Killed):
-        healed(original, tokens_NT, "dropped", recipe=recipe, folder=tmp_path, after=[slow])
-    began = time.monotonic()
-    _, found = healed(original, tokens_NT, "dropped", recipe=recipe, folder=tmp_path)
-    assert time.monotonic() - began < 4.0 and found.healing.seconds >= 3.0
-    assert found.healing.steps > 3
+        healed(original, tokens_NT, "dropped", recipe=recipe, folder=tmp_path, after=[step, killed])
+    now[0] += 1000.0
+    _, found = healed(original, tokens_NT, "dropped", recipe=recipe, folder=tmp_path, after=[step])
+    assert (found.healing.steps, found.healing.seconds) == (16, 4.0)
 
 
 def test_the_seed_decides(original: DecoderStack, tokens_NT: Tensor) -> None:
