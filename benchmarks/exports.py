@@ -1,6 +1,6 @@
 """Exports of one plan opened by the other tools, their perplexity beside ours on the same tokens.
 
-    python -m benchmarks.exports smollm2 build/exports
+    python -m benchmarks.exports smollm2 build/exports [BLOCKS]
 
 Needs llama-cpp-python and compressed-tensors. The plan mixes the formats that both can hold; blocks are of text
 that nothing was fitted to.
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import layerwise as lw
+from benchmarks.common import machine
 from layerwise.allocate.plan import Edit
 from layerwise.data.text import text_blocks
 from layerwise.export.base import NOTHING
@@ -85,10 +86,11 @@ def compare(ours: Logits, theirs: Logits, blocks: Iterable[Tensor]) -> tuple[flo
     return math.exp(losses[0] / count), math.exp(losses[1] / count), divergence / count
 
 
-def main(name: str, folder: str) -> None:
+def main(name: str, folder: str, count: str = str(BLOCKS)) -> None:
     stack, place = lw.open(name), Path(folder)
     assert isinstance(stack, DecoderStack) and stack.tokenizer is not None
-    data = text_blocks("default", stack.tokenizer, length=LENGTH, blocks=BLOCKS, split="verification")
+    data = text_blocks("default", stack.tokenizer, length=LENGTH, blocks=int(count), split="verification")
+    print(machine())
     print(f"{len(data)} blocks of {data.length} tokens of {data.source.where}, {data.source.split}")
     print("| model | written as | opened by | perplexity here | there | mean KL |\n|---|---|---|---|---|---|")
     for what, model, kind in (("as it is", stack, "gguf"), ("8, 5, 4 bits", mixed(stack, False), "gguf"),
