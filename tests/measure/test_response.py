@@ -12,7 +12,6 @@ from layerwise.errors import BadData, BadOption
 from layerwise.measure.engine import measure
 from layerwise.measure.output_error import PROBE, OutputError
 from layerwise.measure.response import Response
-from layerwise.nets.decoder import MATRICES
 from layerwise.spec import Format
 from layerwise.testing.stacks import random_stack
 from layerwise.transform.quantize import values
@@ -41,8 +40,9 @@ def test_the_probe_error_is_that_of_a_plain_float64_loop() -> None:
 
 
 def test_fewer_bits_and_larger_groups_lose_more() -> None:
-    found = measure(random_stack(), tokens(), [OutputError(("4/16", "3/16", "3/row", "2/16"))], progress=False)
-    for matrix in MATRICES:
+    stack = random_stack()
+    found = measure(stack, tokens(), [OutputError(("4/16", "3/16", "3/row", "2/16"))], progress=False)
+    for matrix in stack.block(0).matrices():
         four, three, row, two = (found[f"output-error:{matrix}:{label}"].values[0]
                                  for label in ("4/16", "3/16", "3/row", "2/16"))
         assert four < three < min(row, two)
@@ -51,7 +51,7 @@ def test_fewer_bits_and_larger_groups_lose_more() -> None:
 def test_response_tries_matrices_parts_and_tables() -> None:
     stack = random_stack()
     found = measure(stack, tokens(), [Response()], progress=False)
-    for part in (*MATRICES, "drop", "drop attention", "drop feed-forward"):
+    for part in (*stack.block(0).matrices(), "drop", "drop attention", "drop feed-forward"):
         assert all(value > 0 for value in found[f"response:{part}"].values)
     table = found["response:3/64"]
     assert all(math.isnan(value) for value in table.values)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -77,6 +78,12 @@ def test_the_command_answers_piped_lines(
     assert said.err.count("Ctrl-C") == 1
 
 
+def _at_a_terminal() -> None:
+    """What a shell does for a command in the foreground, whatever started the tests."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """The command in a terminal of its own: what is on the screen so far, and a keyboard."""
 
@@ -84,7 +91,7 @@ class Terminal:
         self._ours, theirs = os.openpty()
         self.running = subprocess.Popen(
             [sys.executable, "-m", "layerwise.cli", *command], stdin=theirs, stdout=theirs, stderr=theirs,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+            start_new_session=True, preexec_fn=_at_a_terminal,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm"})
         os.close(theirs)
         self.screen, self._seen = "", 0

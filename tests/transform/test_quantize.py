@@ -152,8 +152,9 @@ def test_scales_of_few_bits_survive_saving(stack: DecoderStack, symmetric: bool,
     weights = read(tmp_path / "slim").weights
     assert sum(tensor.nbytes for _, tensor in weights.stream()) == spec.bytes() < stack.spec.bytes() / 4
     again = DecoderStack(build(weights))
+    stored = dict(again.tensors())
     for name, tensor in slim.tensors():
-        assert torch.equal(dict(again.tensors())[name], tensor)
+        assert torch.equal(stored[name], tensor)
     tokens = torch.arange(12).view(2, 6)
     assert torch.equal(again(tokens), slim(tokens))
 
