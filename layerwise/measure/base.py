@@ -211,3 +211,14 @@ class Intervention(Instrument):
             part, (values.get(Trial(layer, part), math.nan) for layer in range(layers)),
             {place: values[Trial(place, part)] for place in places if Trial(place, part) in values},
         ) for part in self.parts if any(trial.part == part for trial in values))
+
+
+class Skipping(Intervention):
+    """Tries every layer skipped; what is left to say is the score."""
+
+    def trials(self, stack: Stack) -> list[Trial]:
+        return [Trial(layer, "") for layer in range(len(stack))]
+
+    def alternative(self, stack: Stack, trial: Trial) -> nn.Module:
+        assert isinstance(trial.place, int)
+        return stack.absent(trial.place)

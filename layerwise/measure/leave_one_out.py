@@ -11,16 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from layerwise.measure.base import Intervention, Needs, Trial
+from layerwise.measure.base import Needs, Skipping
 from layerwise.measure.ending import Ending
 from layerwise.measure.scores import Direction
-from layerwise.stack.base import Stack
 
 
 @dataclass(frozen=True)
-class LeaveOneOut(Intervention):
+class LeaveOneOut(Skipping):
     """Increase of the mean loss at `tokens` positions of every row (None: all) with the layer skipped."""
 
     tokens: int | None = 128
@@ -30,13 +27,6 @@ class LeaveOneOut(Intervention):
     important: ClassVar[Direction] = "high"
     about: ClassVar[str] = "how much the loss grows when the layer is skipped"
     needs: ClassVar[Needs] = "labels"
-
-    def trials(self, stack: Stack) -> list[Trial]:
-        return [Trial(layer, "") for layer in range(len(stack))]
-
-    def alternative(self, stack: Stack, trial: Trial) -> nn.Module:
-        assert isinstance(trial.place, int)
-        return stack.absent(trial.place)
 
     def score(self, original: Ending, changed: Ending) -> float:
         return changed.loss - original.loss

@@ -12,12 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from layerwise.measure.base import Intervention, Needs, Trial
+from layerwise.measure.base import Needs, Skipping
 from layerwise.measure.ending import Ending
 from layerwise.measure.scores import Direction
-from layerwise.stack.base import Stack
 
 
 def relative_change(y_PC: Tensor, changed_PC: Tensor) -> float:
@@ -28,7 +27,7 @@ def relative_change(y_PC: Tensor, changed_PC: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class SkipEffect(Intervention):
+class SkipEffect(Skipping):
     """Relative change of the output with the layer skipped, at `tokens` positions of every row (None: all)."""
 
     tokens: int | None = 128
@@ -38,13 +37,6 @@ class SkipEffect(Intervention):
     important: ClassVar[Direction] = "high"
     about: ClassVar[str] = "how far the output moves when the layer is skipped"
     needs: ClassVar[Needs] = "output"
-
-    def trials(self, stack: Stack) -> list[Trial]:
-        return [Trial(layer, "") for layer in range(len(stack))]
-
-    def alternative(self, stack: Stack, trial: Trial) -> nn.Module:
-        assert isinstance(trial.place, int)
-        return stack.absent(trial.place)
 
     def score(self, original: Ending, changed: Ending) -> float:
         return relative_change(original.hidden_PC, changed.hidden_PC)

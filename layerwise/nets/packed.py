@@ -61,7 +61,7 @@ class PackedMatrix(nn.Module):
         groups = math.ceil(in_features / (format.group or in_features))
         self._padded = groups * format.group or in_features
         self._direct = format.bits == 8 and format.group == 0 and format.symmetric
-        self._int4: Int4Matrix | CudaInt4 | None = None
+        self.tiled: Int4Matrix | CudaInt4 | None = None
         self._operands: tuple[Tensor, Tensor] | None = None
         width, dtype = stored_bytes(self._padded, format.bits), torch.int8 if self._direct else torch.uint8
         self.register_buffer("codes", torch.zeros(out_features, width, dtype=dtype))
@@ -120,8 +120,8 @@ class PackedMatrix(nn.Module):
         """Codes of some rows with their padding, uint8; int8 minus the middle where they are stored so."""
         codes = self.codes
         if codes is None:
-            assert self._int4 is not None
-            tiled = self._int4
+            assert self.tiled is not None
+            tiled = self.tiled
             return tiled.codes(rows.start, rows.stop) if isinstance(rows, slice) else tiled.gather(rows)
         return codes[rows] if self._direct else unpack(codes[rows], self.format.bits, self._padded)
 
@@ -163,8 +163,8 @@ class PackedMatrix(nn.Module):
             return torch._weight_int8pack_mm(x_MI.contiguous(), self.codes, self.scale[:, 0].contiguous())
         if self.codes is not None and CudaInt4.fits(self.format, self._padded, x_MI.device):
             codes_OI = unpack(self.codes, self.format.bits, self._padded)
-            self._int4, self.codes = CudaInt4.build(codes_OI, self.scale, self.zero, self.format), None
-        return None if self._int4 is None else self._int4.product(x_MI)
+            self.tiled, self.codes = CudaInt4.build(codes_OI, self.scale, self.zero, self.format), None
+        return None if self.tiled is None else self.tiled.product(x_MI)
 
     def _prepared(self) -> tuple[Tensor, Tensor]:
         """What torch's int8 kernel reads, kept because looking buffers up takes longer than a small product."""
@@ -178,9 +178,9 @@ class PackedMatrix(nn.Module):
         codes = self.codes
         if codes is not None and Int4Matrix.fits(self.format, self._padded):
             codes_OI = unpack(codes, self.format.bits, self._padded)
-            self._int4 = Int4Matrix.build(codes_OI, self.scale, self.zero, self.format)
+            self.tiled = Int4Matrix.build(codes_OI, self.scale, self.zero, self.format)
             self.codes = None
-        return self._int4
+        return self.tiled
 
     def _stream(self) -> Tensor:
         """The stored form of the codes, wherever they are now."""
@@ -189,7 +189,7 @@ class PackedMatrix(nn.Module):
         return pack(self._codes(slice(0, self.out_features)), self.format.bits)
 
     def _untile(self) -> None:
-        self.codes, self._int4, self._operands = self._stream(), None, None
+        self.codes, self.tiled, self._operands = self._stream(), None, None
 
     # torch's own verbs ---------------------------------------------------------------------------
 

@@ -173,7 +173,7 @@ class NarrowPacked(Direct):
         if len(x_MI) > MANY_TOKENS:
             y_MO = inner.product(x_MI)
         else:  # most layers have been laid out before, and what finds that out takes as long as a small product
-            x_MI, tiled = x_MI.to(torch.bfloat16), inner._int4
+            x_MI, tiled = x_MI.to(torch.bfloat16), inner.tiled
             y_MO = (inner.product(x_MI) if tiled is None else tiled.product(x_MI)).float()
         if self.bias_O is not None:
             y_MO = y_MO + self.bias_O

@@ -150,8 +150,8 @@ def test_state_dict_round_trip_before_and_after_use(format: Format, used: bool) 
 def test_codes_are_never_held_twice() -> None:
     layer = PackedLinear.from_codes(*parts(64, 64, Format(4, 32)), Format(4, 32))
     layer(torch.ones(1, 64).bfloat16())
-    assert layer.codes is None and layer._int4 is not None
-    assert layer._int4.tiles.nbytes == 64 * 64 // 2
+    assert layer.codes is None and layer.tiled is not None
+    assert layer.tiled.tiles.nbytes == 64 * 64 // 2
 
 
 def test_changing_dtype_keeps_the_storage() -> None:
