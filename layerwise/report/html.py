@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from layerwise.measure.scores import Column, Scores
 
-FILES = ("page.html", "profile.html", "fragment.html", "frontier.html", "scores.html", "style.css", "page.js")
+FILES = ("base.html", "page.html", "profile.html", "frontier.html", "fragment.html", "scores.html", "style.css",
+         "page.js")
 
 
 def page(
