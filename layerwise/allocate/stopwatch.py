@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadBudget
 from layerwise.io import atomic
-from layerwise.io.places import cache_folder
 from layerwise.measure.timing import median_seconds
 from layerwise.nets.decoder import Block, Decoder
 from layerwise.nets.factored import build_linear
 from layerwise.nets.flow import AnyCache, Flow, LayerCache, StateCache
+from layerwise.places import cache_folder
 from layerwise.spec import Attention, Format, LayerSpec, Opaque, StackSpec, StateSpace
 
 MOST_COPIES = 24

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.errors import BadFile
-from layerwise.io.places import cache_folder
+from layerwise.places import cache_folder
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from layerwise.errors import BadFile
 from layerwise.io import atomic
 from layerwise.io.gguf import GGUFFile
-from layerwise.io.places import cache_folder
 from layerwise.io.tokenizer import Tokenizer, read_json
+from layerwise.places import cache_folder
 
 PARTS = ("model", "pre", "tokens", "token_type", "scores", "merges")
 ONLY_HERE = ("is_local", "local_files_only", "backend", "name_or_path")

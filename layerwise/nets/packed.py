@@ -20,12 +20,13 @@ from layerwise.nets.cuda import FEW_ROWS as FEW_ROWS_CUDA
 from layerwise.nets.cuda import CudaInt4, int8_runs
 from layerwise.nets.dense import linear
 from layerwise.nets.int4 import Int4Matrix, digits
+from layerwise.nets.native import NativeMatrix
 from layerwise.nets.row_scales import steps_of, values_of
 from layerwise.spec import Format
 
 FEW_ROWS_INT8 = 24
-FEW_ROWS_INT4 = {1: 48, 2: 32}
-"""Up to this many rows of x (int4: by digits) a packed kernel beats dequantising and a dense product, as
+FEW_ROWS = {1: 48, 2: 32}
+"""Up to this many rows of x (by digits of 4 bits) a packed kernel beats dequantising and a dense product, as
 measured on two AVX-512 cores for matrices of 576 to 49152 outputs."""
 
 ALIGNMENT = 32
@@ -43,9 +44,9 @@ def aligned(tensor: Tensor) -> Tensor:
 class PackedMatrix(nn.Module):
     """A packed [O, I] matrix: buffers `codes`, `scale` [O, G] and, unless symmetric, `zero` [O, G].
 
-    8-bit symmetric whole-row codes are int8 [O, I], which torch's kernel reads as they are; all others are a
-    stream of bits, uint8 [O, S]. The first product of few bfloat16 rows moves bit-stream codes into the layout
-    of torch's int4 kernel on that device (4 bits a weight up to 4 bits, 8 bits above) and lets the stream
+    8-bit symmetric whole-row codes are int8 [O, I], which kernels read as they are; all others are a
+    stream of bits, uint8 [O, S]. The first product of few rows moves bit-stream codes into the layout
+    of the device's kernel (4 bits a weight up to 4 bits, 8 bits above) and lets the stream
     go; `state_dict` writes it again, so memory never holds the codes twice. Scales and zeros of a format with
     `scale_bits` are held as bfloat16, which kernels read; `state_dict` holds their steps, `scale` and `zero` as
     streams of bits, and the rows' numbers, `scale_row` and `zero_row` [O].
@@ -61,7 +62,7 @@ class PackedMatrix(nn.Module):
         groups = math.ceil(in_features / (format.group or in_features))
         self._padded = groups * format.group or in_features
         self._direct = format.bits == 8 and format.group == 0 and format.symmetric
-        self.tiled: Int4Matrix | CudaInt4 | None = None
+        self.tiled: NativeMatrix | Int4Matrix | CudaInt4 | None = None
         self._operands: tuple[Tensor, Tensor] | None = None
         width, dtype = stored_bytes(self._padded, format.bits), torch.int8 if self._direct else torch.uint8
         self.register_buffer("codes", torch.zeros(out_features, width, dtype=dtype))
@@ -101,7 +102,7 @@ class PackedMatrix(nn.Module):
     # codes ---------------------------------------------------------------------------------------
 
     def _set(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None) -> None:
-        self._operands = None
+        self.tiled = self._operands = None
         middle = 2 ** (self.format.bits - 1)
         if self._direct:
             self.codes = (codes_OI - middle).contiguous().view(torch.int8)
@@ -146,13 +147,15 @@ class PackedMatrix(nn.Module):
             return None
         if x_MI.device.type != "cpu":
             return self._cuda_kernel(x_MI) if rows <= FEW_ROWS_CUDA else None
-        if self._direct:
-            if rows > FEW_ROWS_INT8 or self.in_features % 16:  # rows of other lengths lie unaligned
-                return None
+        if rows > FEW_ROWS[digits(self.format.bits)]:
+            return None
+        matrix = self.lay_out()
+        if matrix is not None:
+            return matrix.product(x_MI)
+        if self._direct and self.in_features % 16 == 0 and rows <= FEW_ROWS_INT8:  # other rows lie unaligned
             codes, scale_O = self._operands or self._prepared()
             return torch._weight_int8pack_mm(aligned(x_MI.contiguous()), codes, scale_O)
-        matrix = self._tiled() if rows <= FEW_ROWS_INT4[digits(self.format.bits)] else None
-        return None if matrix is None else matrix.product(x_MI)
+        return None
 
     def _cuda_kernel(self, x_MI: Tensor) -> Tensor | None:
         """The product on a GPU whose kernels are known to be right; None on others."""
@@ -173,13 +176,17 @@ class PackedMatrix(nn.Module):
         self._operands = self.codes, self.scale[:, 0].contiguous()
         return self._operands
 
-    def _tiled(self) -> Int4Matrix | CudaInt4 | None:
-        """The matrix in the int4 kernel's layout, made on first use; None where the kernel cannot hold it."""
+    def lay_out(self) -> NativeMatrix | Int4Matrix | CudaInt4 | None:
+        """The matrix in its CPU kernel's layout, made on first use; None where no kernel can hold it."""
         codes = self.codes
-        if codes is not None and Int4Matrix.fits(self.format, self._padded):
+        if codes is None or self.tiled is not None or codes.device.type != "cpu":
+            return self.tiled
+        if NativeMatrix.fits(self.format, self._padded):
+            self.tiled = NativeMatrix.build(codes, self.scale, self.zero, self.format, self._padded)
+            self.codes = codes if self.tiled.store is codes else None
+        elif not self._direct and Int4Matrix.fits(self.format, self._padded):
             codes_OI = unpack(codes, self.format.bits, self._padded)
-            self.tiled = Int4Matrix.build(codes_OI, self.scale, self.zero, self.format)
-            self.codes = None
+            self.tiled, self.codes = Int4Matrix.build(codes_OI, self.scale, self.zero, self.format), None
         return self.tiled
 
     def _stream(self) -> Tensor:

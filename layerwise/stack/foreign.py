@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from layerwise.errors import BadModel
-from layerwise.io.places import cache_folder
 from layerwise.io.source import WRAPPED
 from layerwise.io.tokenizer import Tokenizer, read_json
 from layerwise.nets.families import FAMILIES
+from layerwise.places import cache_folder
 from layerwise.stack.module import ModuleStack
 
 OURS = {"layerwise", "layerwise-vision-language", *WRAPPED}
@@ -25,14 +28,16 @@ def foreign(source: str | Path) -> Path | None:
 
 
 def open_foreign(folder: Path) -> ModuleStack:
-    """The model of a folder as transformers builds it, without a head, float32, with its tokenizer if there is one.
+    """The model of a folder as transformers builds it, float32, with its tokenizer if there is one.
 
-    Raises BadModel where transformers cannot build it.
+    A classifier has its head, so that labels can be used; any other model comes without one. Raises BadModel where
+    transformers cannot build it.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     try:
-        module = AutoModel.from_pretrained(folder, local_files_only=True, dtype="float32")
+        with _quiet():
+            module = _builder(folder).from_pretrained(folder, local_files_only=True, dtype="float32")
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise BadModel(f"{folder}, which transformers cannot build: {error}",
                        expected="a folder that AutoModel.from_pretrained reads",
@@ -44,3 +49,29 @@ def open_foreign(folder: Path) -> ModuleStack:
     if isinstance(places, int):
         stack.spec = replace(stack.spec, context=places)
     return stack
+
+
+def _builder(folder: Path) -> Any:
+    """The class that builds the model of a folder: the classifier it names, else what has no head."""
+    import transformers
+
+    for name in read_json(folder / "config.json").get("architectures") or ():
+        if name.endswith("Classification") and hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModel
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bar and the table that transformers prints while it loads."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

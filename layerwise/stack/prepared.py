@@ -9,18 +9,11 @@ import torch
 from torch import nn
 
 from layerwise.nets.decoder import Block
-from layerwise.nets.prepared import (
-    Float16Linear,
-    Narrow,
-    NarrowPacked,
-    PrepackedLinear,
-    TableHead,
-    WideEmbedding,
-    may_widen,
-    prepare,
-    prepare_norm,
-    widens,
-)
+from layerwise.nets.direct import LaidOutLinear, PrepackedLinear
+from layerwise.nets.native import NativeMatrix
+from layerwise.nets.packed import PackedEmbedding
+from layerwise.nets.prepared import prepare, prepare_norm
+from layerwise.nets.wide import Float16Linear, Narrow, TableHead, WideEmbedding, may_widen, widens
 from layerwise.stack.decoder import DecoderStack
 
 
@@ -56,4 +49,6 @@ def _head(stack: DecoderStack, wide: torch.dtype | None) -> nn.Module | None:
         if PrepackedLinear.fits(table.weight):
             return PrepackedLinear(table.weight)
         return None if wide is None else Narrow(TableHead(table), wide)
-    return None if wide is None else NarrowPacked(table)
+    if isinstance(table, PackedEmbedding) and (wide is not None or isinstance(table.lay_out(), NativeMatrix)):
+        return LaidOutLinear(table)
+    return None if wide is None else Narrow(table, wide)

@@ -36,10 +36,10 @@ from layerwise.data.scene_text import (
 )
 from layerwise.data.scenes import COLOURS, SIDE, Scenes, World, draw_one, draw_two
 from layerwise.errors import BadData
-from layerwise.io.places import cache_folder
 from layerwise.io.tokenizer import Tokenizer, read_json
 from layerwise.measure.progress import Progress
 from layerwise.nets.vision import Vision, VisionSpec
+from layerwise.places import cache_folder
 from layerwise.spec import Attention, FeedForward, LayerSpec, StackSpec
 from layerwise.stack.vision import VisionLanguageStack, is_vision_language
 from layerwise.train.fresh import fresh

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from layerwise.errors import BadFile
 from layerwise.io import demos
 from layerwise.io.demos import DEMOS, Demo
-from layerwise.io.places import cache_folder
 from layerwise.io.source import read
 from layerwise.io.weights import build
 from layerwise.nets.flow import Flow
+from layerwise.places import cache_folder
 from tests.io.gguf_writer import write_gguf
 from tests.nets.tiny import tiny, write
 

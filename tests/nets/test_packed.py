@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.nets import native
 from layerwise.nets.dense import linear
 from layerwise.nets.int4 import Int4Matrix, tile_rows
-from layerwise.nets.packed import FEW_ROWS_INT4, FEW_ROWS_INT8, PackedEmbedding, PackedLinear
+from layerwise.nets.packed import FEW_ROWS, FEW_ROWS_INT8, PackedEmbedding, PackedLinear
 from layerwise.nets.row_scales import steps_of, values_of
 from layerwise.spec import BITS, Format
 
@@ -20,8 +21,15 @@ FORMATS = [Format(bits, group, symmetric)
 FORMATS += [Format(bits, group, symmetric, scale_bits) for bits in (2, 3, 4) for group in (32, 48)
             for symmetric in (True, False) for scale_bits in (4, 6)]
 HAVE_INT4 = tile_rows() is not None
+COMPILED = native.library() is not None
 needs_int4 = pytest.mark.skipif(not HAVE_INT4, reason="no int4 kernel of a known layout on this processor")
 SHAPES = [(64, 256), (80, 200), (3, 48)]
+
+
+@pytest.fixture
+def torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no C compiler."""
+    monkeypatch.setattr(native, "library", lambda: None)
 
 
 def parts(outputs: int, inputs: int, format: Format, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -55,8 +63,10 @@ def assert_product_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | No
     terms = x.double().abs() @ weight.abs().T
     if bias is not None:
         exact, terms = exact + bias.double(), terms + bias.double().abs()
-    each = 2**-20 if HAVE_INT4 else 2**-8
+    each = 2**-20 if HAVE_INT4 or COMPILED else 2**-8
     bound = 2**-8 * exact.abs() + each * terms
+    if COMPILED:  # x in fixed point of 15 bits
+        bound += 2**-15 * x.double().abs().amax() * weight.abs().sum(1)
     if bias is not None:
         bound += 2**-8 * (exact - bias.double()).abs()
     assert ((y.double() - exact).abs() <= bound).all()
@@ -107,7 +117,7 @@ def test_common_formats_use_a_kernel() -> None:
 @pytest.mark.parametrize("format", [Format(8, 0, True), Format(4, 32)])
 def test_many_rows_equal_the_dense_product(format: Format) -> None:
     layer = PackedLinear.from_codes(*parts(64, 64, format), format)
-    rows = max(FEW_ROWS_INT8, *FEW_ROWS_INT4.values()) + 1
+    rows = max(FEW_ROWS_INT8, *FEW_ROWS.values()) + 1
     x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert torch.equal(layer(x), linear(x, layer.dense(torch.bfloat16)))
 
@@ -147,11 +157,23 @@ def test_state_dict_round_trip_before_and_after_use(format: Format, used: bool) 
 
 
 @needs_int4
-def test_codes_are_never_held_twice() -> None:
+def test_codes_are_never_held_twice(torchs_kernels: None) -> None:
     layer = PackedLinear.from_codes(*parts(64, 64, Format(4, 32)), Format(4, 32))
     layer(torch.ones(1, 64).bfloat16())
-    assert layer.codes is None and layer.tiled is not None
+    assert layer.codes is None and isinstance(layer.tiled, Int4Matrix)
     assert layer.tiled.tiles.nbytes == 64 * 64 // 2
+
+
+@needs_int4
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_torchs_kernels_match_float64(format: Format, torchs_kernels: None) -> None:
+    codes, scale, zero = parts(80, 224, format)
+    layer = PackedLinear.from_codes(codes, scale, zero, format)
+    x = torch.randn(5, 224, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = reference(codes, scale, zero, format)
+    if layer._kernel(x) is not None:
+        assert_product_close(layer(x), x, exact)
+    assert torch.equal(layer.dense(torch.float64), exact) and not isinstance(layer.tiled, native.NativeMatrix)
 
 
 def test_changing_dtype_keeps_the_storage() -> None:

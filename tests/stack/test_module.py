@@ -259,7 +259,7 @@ def minilm() -> Path:
     import zipfile
 
     from layerwise.io.demos import download
-    from layerwise.io.places import cache_folder
+    from layerwise.places import cache_folder
 
     folder = cache_folder() / "models" / "all-minilm-l6-v2"
     if not (folder / "model.safetensors").exists():

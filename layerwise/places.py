@@ -1,4 +1,4 @@
-"""Where downloaded and converted models are kept between runs."""
+"""Where downloaded, converted and compiled files are kept between runs."""
 
 from __future__ import annotations
 
