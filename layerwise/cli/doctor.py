@@ -40,7 +40,7 @@ def environment() -> dict[str, object]:
 
     import torch
 
-    from layerwise.nets import native
+    from layerwise.nets.compiled import library
     from layerwise.nets.dense import SLOW
     from layerwise.places import cache_folder
     from layerwise.report.machine import machine, versions
@@ -51,7 +51,7 @@ def environment() -> dict[str, object]:
         **versions(),
         **machine(),
         "bfloat16 kernels": torch.bfloat16 not in SLOW,
-        "compiled kernels": native.library() is not None,
+        "compiled kernels": library() is not None,
         "interpreter": sys.executable,
         "cache": str(cache),
         "disk_free_bytes": shutil.disk_usage(place).free,

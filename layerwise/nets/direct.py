@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.nets import native
+from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.feed_forward import FeedForward
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedEmbedding, PackedLinear
@@ -117,7 +118,7 @@ class DirectFeedForward(Direct, FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         joined = self._modules.get("gate_up")
-        few = x.numel() <= FEW_TOKENS * x.shape[-1] and x.dtype in native.DTYPES and x.device.type == "cpu"
-        if joined is None or not few or self.spec.activation != "silu" or native.library() is None:
+        few = x.numel() <= FEW_TOKENS * x.shape[-1] and x.dtype in DTYPES and x.device.type == "cpu"
+        if joined is None or not few or self.spec.activation != "silu" or library() is None:
             return super().forward(x)
         return self.down(native.silu_times(joined(x)))  # type: ignore[no-any-return]

@@ -115,6 +115,13 @@ class Flow:
             k_BKSD, v_BKSD = self._extended(layer, k_BKTD, v_BKTD)
         return softmax_attention(q_BHTD, k_BKSD, v_BKSD, self.mask(a.window), a)
 
+    def attend_at_once(self, a: Attention, layer: int, qkv_BTA: Tensor) -> Tensor | None:
+        """The same from heads of queries, keys and values that are not rotated yet, [B, T, H D].
+
+        None where the flow has no faster way than `attend`.
+        """
+        return None
+
     def _extended(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         cache = self.cache(layer)
         both = (k_BKTD, v_BKTD) if cache is None else cache.append(k_BKTD, v_BKTD)

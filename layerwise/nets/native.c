@@ -7,27 +7,18 @@
 
    Numbers come and go as float32 or bfloat16. A group with an infinity or a NaN makes its row NaN. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "native.h"
 
-typedef uint16_t bf16;
 typedef uint8_t bytes __attribute__((vector_size(16)));
 typedef int8_t digits __attribute__((vector_size(16)));
 typedef int16_t shorts __attribute__((vector_size(16)));
-typedef int32_t ints __attribute__((vector_size(16)));
-typedef float floats __attribute__((vector_size(16)));
 typedef uint8_t loose_bytes __attribute__((vector_size(16), aligned(1)));
 typedef uint8_t loose_half __attribute__((vector_size(8), aligned(1)));
 typedef int8_t signed_half __attribute__((vector_size(8)));
-typedef uint16_t loose_bf16 __attribute__((vector_size(8), aligned(2)));
-typedef float loose_floats __attribute__((vector_size(16), aligned(4)));
 
-enum { PIECE = 32, LANES = 4, MOST_ROWS = 4, LARGEST_GROUP = 256, CHUNK = 8 };
+enum { PIECE = 32, MOST_ROWS = 4, LARGEST_GROUP = 256, CHUNK = 8 };
 enum { NIBBLES = 4, BYTES = 8, SIGNED_BYTES = -8 };
 enum { BASE = 128, LARGEST_OF_TWO_DIGITS = 127 * BASE + 63 };
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     const uint8_t *codes;
@@ -62,33 +53,6 @@ INLINE ints pairs(shorts a, shorts b) {
 
 INLINE bytes load(const void *from) { return *(const loose_bytes *)from; }
 INLINE loose_half load_half(const uint8_t *from) { return *(const loose_half *)from; }
-INLINE floats load_floats(const float *from) { return *(const loose_floats *)from; }
-INLINE floats load_bf16(const bf16 *from) {
-    return (floats)(__builtin_convertvector(*(const loose_bf16 *)from, ints) << 16);
-}
-
-INLINE float widened(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE bf16 narrowed(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if (x != x) return 0x7fc0;
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-INLINE float get(const void *x, int64_t i, int half) {
-    return half ? widened(((const bf16 *)x)[i]) : ((const float *)x)[i];
-}
-
-INLINE void put(void *y, int64_t i, float value, int half) {
-    if (half) ((bf16 *)y)[i] = narrowed(value);
-    else ((float *)y)[i] = value;
-}
 
 static void fix_group(const float *x, int64_t group, int64_t kind, int16_t *fixed, float *step, float *sum) {
     int32_t most = 0, total = 0; /* absolute values of floats are ordered as their bits are */
@@ -207,7 +171,7 @@ INLINE void output(const Matrix *w, int64_t o, int rows, Fixed x, float *y, int 
         codes += count * stored;
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < rows; m++) y[m] = (total[m][0] + total[m][1]) + (total[m][2] + total[m][3]);
+    for (int m = 0; m < rows; m++) y[m] = sum_of(total[m]);
 }
 
 #define OF_KIND(n)                                                                      \
@@ -270,8 +234,13 @@ void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, f
 /* y = silu(gate) * up; x holds gate and then up in every row, [rows, 2 * width]. */
 void silu_times(const void *x, int64_t rows, int64_t width, void *y, int half) {
     for (int64_t m = 0; m < rows; m++)
-        for (int64_t i = 0; i < width; i++) {
-            const float gate = get(x, 2 * m * width + i, half), up = get(x, (2 * m + 1) * width + i, half);
-            put(y, m * width + i, gate / (1 + expf(-gate)) * up, half);
+        for (int64_t i = 0; i < width; i += LANES) {
+            const int64_t gate = 2 * m * width + i, up = gate + width, count = width - i < LANES ? width - i : LANES;
+            floats g = {0}, u = {0};
+            if (count == LANES) g = get_four(x, gate, half), u = get_four(x, up, half);
+            else
+                for (int j = 0; j < count; j++) g[j] = get(x, gate + j, half), u[j] = get(x, up + j, half);
+            const floats y4 = g / (1.0f + exp_of(-g)) * u;
+            for (int j = 0; j < count; j++) put(y, m * width + i + j, y4[j], half);
         }
 }

@@ -1,9 +1,4 @@
-"""Products of few rows with a packed matrix, and the norm beside them, in C that is compiled here for this processor.
-
-torch's own int4 kernels for a CPU read few rows at a third of the speed of memory and round to bfloat16. `native.c`
-holds what decoding needs instead. It is compiled once, in two seconds, where a C compiler with OpenMP is found, and
-kept in the cache folder; nothing depends on it: without a compiler, or with LAYERWISE_NATIVE=0 in the environment,
-torch's kernels are used.
+"""A packed matrix whose products with few rows are made in C, and the norm and the gate between such products.
 
 Shapes: O outputs, I inputs padded to whole groups, G groups of a scale, M rows of x.
 """
@@ -11,31 +6,20 @@ Shapes: O outputs, I inputs padded to whole groups, G groups of a scale, M rows 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass, fields
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.nets.bits import pack, unpack
-from layerwise.places import cache_folder
+from layerwise.nets.compiled import DTYPES, library
 from layerwise.spec import Format
 
-SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
-         "-ffp-contract=off",  # so that a row's numbers do not depend on how many rows are multiplied at once
-         "-fopenmp", "-fPIC", "-shared")
 GROUPS = (256, 128, 64, 32)
 NIBBLES, BYTES, SIGNED_BYTES = 4, 8, -8
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class _Matrix(ctypes.Structure):
@@ -154,60 +138,3 @@ def _offset(bits: int) -> int:
 def _group(format: Format, inputs: int) -> int | None:
     """The largest group of the library that divides the format's; None where there is none."""
     return next((group for group in GROUPS if (format.group or inputs) % group == 0), None)
-
-
-# the library ---------------------------------------------------------------------------------------
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where there is no compiler, or what it makes is not right on this machine."""
-    if os.environ.get("LAYERWISE_NATIVE") == "0":
-        return None
-    try:
-        found = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found.packed_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int]
-    found.rms_norm.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int]
-    found.silu_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int]
-    found.rms_norm.restype = found.silu_times.restype = None
-    return found if _right(found) else None
-
-
-def _right(found: ctypes.CDLL) -> bool:
-    """Whether a small product is exact."""
-    codes = torch.arange(64, dtype=torch.uint8).view(2, 32) * 5
-    scale, x, y = torch.tensor([[2.0], [0.5]]).bfloat16(), torch.zeros(1, 32), torch.zeros(1, 2)
-    x[0, 3], x[0, 20] = 1.0, -1.0
-    matrix = _Matrix(codes.data_ptr(), scale.data_ptr(), None, 2, 32, 32, BYTES)
-    found.packed_product(ctypes.addressof(matrix), x.data_ptr(), 1, None, y.data_ptr(), 0, 1)
-    wanted = (codes.double() - 128) * scale.double()
-    return bool(((y.double() - x.double() @ wanted.T).abs() < 1e-3).all())
-
-
-def _compiled() -> Path:
-    """The shared library for this source, compiler and processor, made if it is not there yet."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise FileNotFoundError("a C compiler")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, _processor(), " ".join(FLAGS).encode()]))
-    target = cache_folder() / "native" / f"{key.hexdigest()[:24]}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            beside = Path(folder) / target.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(beside), "-lm"], capture_output=True, check=True,
-                           timeout=120)
-            beside.replace(target)
-    return target
-
-
-def _processor() -> bytes:
-    """What the processor can do: code compiled for one does not run on every other."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return torch.backends.cpu.get_cpu_capability().encode()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()

@@ -16,12 +16,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from layerwise.nets import native
 from layerwise.nets.attention import Attention
+from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.decoder import Block, Branch, shallow
 from layerwise.nets.dense import Dense
 from layerwise.nets.direct import Direct, DirectFeedForward, FastRMSNorm, LaidOutLinear, NativeRMSNorm, PrepackedLinear
 from layerwise.nets.feed_forward import Experts, FeedForward
+from layerwise.nets.flow import Flow
+from layerwise.nets.native import NativeMatrix
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedLinear
 from layerwise.nets.wide import Float16Linear, Narrow, WideRMSNorm
@@ -38,7 +40,19 @@ class DirectBranch(Direct, Branch):
 
 
 class DirectAttention(Direct, Attention):
-    """Attention without hooks."""
+    """Attention without hooks; where the flow can, all between its two products is one call."""
+
+    def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
+        joined = self._modules.get("qkv")
+        if joined is None or self.spec.shares is not None:
+            return super().forward(x_BTC, flow, layer)
+        qkv_BTA = joined(x_BTC)
+        out_BTD = flow.attend_at_once(self.spec, layer, qkv_BTA)
+        if out_BTD is None:
+            both, v_BKTD = self._parted(qkv_BTA)
+            out_BHTD = flow.attend(self.spec, layer, *self._turned(both, flow), v_BKTD)
+            out_BTD = out_BHTD.transpose(1, 2).reshape(*x_BTC.shape[:2], -1)
+        return self.o(out_BTD)  # type: ignore[no-any-return]
 
 
 DIRECT: dict[type[nn.Module], type[nn.Module]] = {
@@ -67,7 +81,7 @@ def prepare_norm(norm: nn.Module, wide: torch.dtype | None = None) -> nn.Module:
     if not isinstance(norm, RMSNorm):
         return norm if wide is None else copy.deepcopy(norm).float()
     many = norm if wide is None else WideRMSNorm(norm)
-    if norm.weight.device.type == "cpu" and norm.weight.dtype in native.DTYPES and native.library() is not None:
+    if norm.weight.device.type == "cpu" and norm.weight.dtype in DTYPES and library() is not None:
         return NativeRMSNorm(norm, many)
     return FastRMSNorm(norm) if wide is None and norm.offset == 0.0 else many
 
@@ -79,7 +93,7 @@ def prepare_linear(linear: nn.Module, wide: torch.dtype | None = None) -> nn.Mod
             return Float16Linear(linear.weight, linear.bias)
         if PrepackedLinear.fits(linear.weight):
             return PrepackedLinear(linear.weight, linear.bias)
-    if isinstance(linear, PackedLinear) and (wide is not None or isinstance(linear.lay_out(), native.NativeMatrix)):
+    if isinstance(linear, PackedLinear) and (wide is not None or isinstance(linear.lay_out(), NativeMatrix)):
         return LaidOutLinear(linear)
     return linear if wide is None else Narrow(linear, wide)
 

@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from layerwise.nets.attend import Places, attend, attends
 from layerwise.nets.flow import Flow, Recurrence
 from layerwise.nets.softmax import few_queries, softmax_attention
 from layerwise.serve.placed import placed
@@ -164,6 +165,7 @@ class PagedFlow(Flow):
     queries: dict[int, Tensor] = field(default_factory=dict)
     _views: dict[int, tuple[list[View], Tensor]] = field(default_factory=dict)
     _slots: dict[int, list[Slots]] = field(default_factory=dict)
+    _places: dict[int, Places] = field(default_factory=dict)
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -200,6 +202,34 @@ class PagedFlow(Flow):
                  for view in views]
         out_NHD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out_NHD.transpose(0, 1)[None]
+
+    def attend_at_once(self, a: Attention, layer: int, qkv_BTA: Tensor) -> Tensor | None:
+        entry, pool = self.table.layers[layer], self.pools[layer]
+        if layer in self.watched or not self._few or type(pool) is not Pool or pool.k.dtype != qkv_BTA.dtype:
+            return None
+        assert entry.group is not None
+        if not attends(a, qkv_BTA.dtype, qkv_BTA.device):
+            return None
+        places = self._places.get(entry.group)
+        if places is None:
+            places = self._places[entry.group] = self._placed(entry.group)
+        rotation = None if a.rope is None else self.rotation(a.rope, int(a.head_dim * a.rope.part))
+        return attend(a, qkv_BTA[0], rotation, pool.k, pool.v, places, self.block)[None]
+
+    @cached_property
+    def _few(self) -> bool:
+        """Whether no row has so many new tokens that products of matrices are faster."""
+        return all(row.size <= FEW for row in self.rows)
+
+    def _placed(self, group: int) -> Places:
+        _, slots_N = self._group(group)
+        tables = [row.sequence.tables[group] for row in self.rows]
+        starts = [row.start - table.shift for row, table in zip(self.rows, tables, strict=True)]
+        row_N = [index for index, row in enumerate(self.rows) for _ in range(row.size)]
+        place_N = [start + token for row, start in zip(self.rows, starts, strict=True) for token in range(row.size)]
+        longest = max(len(table.blocks) for table in tables)
+        blocks_RM = [table.blocks + [0] * (longest - len(table.blocks)) for table in tables]
+        return Places(slots_N, *map(torch.tensor, (row_N, place_N, [table.first for table in tables], blocks_RM)))
 
     def recur(self, layer: int, advance: Recurrence, u_BTU: Tensor) -> Tensor:
         group, pool = self.table.layers[layer].group, self.pools[layer]

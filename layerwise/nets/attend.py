@@ -1,0 +1,61 @@
+"""Attention of few new tokens straight from blocks of slots, in one call: rotation, writing to the pools, softmax.
+
+Shapes: N tokens, R sequences, M blocks of the longest, H query heads, K key heads, S slots of a pool, D head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from layerwise.nets.compiled import DTYPES, library
+from layerwise.spec import Attention
+
+WIDEST = 512
+
+
+class _Places(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in ("slot", "row", "place", "first", "table")] + [("columns", c_int64)]
+
+
+class Places:
+    """Where new tokens are in the pools of one group of layers: everything int64, on the CPU.
+
+    `slot_N` is where a token's key goes, `row_N` its sequence, `place_N` its place among the slots of that, `first_R`
+    the number of the first block of `table_RM` in its sequence.
+    """
+
+    def __init__(self, slot_N: Tensor, row_N: Tensor, place_N: Tensor, first_R: Tensor, table_RM: Tensor) -> None:
+        self._tensors = slot_N, row_N, place_N, first_R, table_RM  # kept, since the structure only points to them
+        self._struct = _Places(*(tensor.data_ptr() for tensor in self._tensors), table_RM.shape[1])
+        self.address = ctypes.addressof(self._struct)
+
+
+def attends(a: Attention, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `attend` can do this attention."""
+    return (device.type == "cpu" and dtype in DTYPES and a.head_dim % 8 == 0 and a.head_dim <= WIDEST and not a.qk_norm
+            and library() is not None)
+
+
+def attend(a: Attention, qkv_NA: Tensor, rotation: tuple[Tensor, Tensor] | None, k_KSD: Tensor, v_KSD: Tensor,
+           places: Places, block: int) -> Tensor:
+    """What the tokens get from all slots they see, [N, H D], after their own keys and values went to the pools.
+
+    `qkv_NA` holds heads of queries, keys and values, `rotation` cosines and signed sines as `Flow.rotation` gives them.
+    """
+    found = library()
+    assert found is not None
+    tokens, qkv_NA = len(qkv_NA), qkv_NA.contiguous()
+    out_ND = qkv_NA.new_empty(tokens, a.heads * a.head_dim)
+    cos, sin = (None, None) if rotation is None else rotation
+    turning = 0 if cos is None else cos.shape[-1]
+    if found.attend(tokens, a.heads, a.kv_heads, a.head_dim, turning, k_KSD.shape[1], block, a.window or 0,
+                    a.head_dim**-0.5 if a.scale is None else a.scale, a.softcap or 0.0, places.address,
+                    qkv_NA.data_ptr(), None if cos is None else cos.data_ptr(), None if sin is None else sin.data_ptr(),
+                    k_KSD.data_ptr(), v_KSD.data_ptr(), out_ND.data_ptr(), DTYPES[qkv_NA.dtype],
+                    torch.get_num_threads()):
+        raise MemoryError(f"no memory for the attention of {tokens} tokens")
+    return out_ND

@@ -1,0 +1,76 @@
+"""The functions in C, compiled for this processor on first use.
+
+Few new tokens pass a layer in forty small calls of torch, whose int4 kernels for a CPU read at a third of the speed of
+memory. `native.c` and `attend.c` hold what decoding needs instead. They are compiled once, in three seconds, where a C
+compiler with OpenMP is found, and kept in the cache folder. Nothing depends on them: without a compiler, or with
+LAYERWISE_NATIVE=0 in the environment, torch's kernels are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from layerwise.places import cache_folder
+
+SOURCES = [Path(__file__).with_name(name) for name in ("native.h", "native.c", "attend.c")]
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
+         "-ffp-contract=off",  # so that a row's numbers do not depend on how many rows are multiplied at once
+         "-fopenmp", "-fPIC", "-shared")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""What numbers come and go as, and how the functions are told."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where there is no compiler for them."""
+    if os.environ.get("LAYERWISE_NATIVE") == "0":
+        return None
+    try:
+        found = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found.packed_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int]
+    found.rms_norm.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int]
+    found.silu_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int]
+    found.attend.argtypes = [*[c_int64] * 8, c_float, c_float, *[c_void_p] * 7, c_int, c_int]
+    found.rms_norm.restype = found.silu_times.restype = None
+    return found
+
+
+def _compiled() -> Path:
+    """The shared library for this source, compiler and processor, made if it is not there yet."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise FileNotFoundError("a C compiler")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
+    texts = [source.read_bytes() for source in SOURCES]
+    key = hashlib.sha256(b"\0".join([*texts, version, _processor(), " ".join(FLAGS).encode()]))
+    target = cache_folder() / "native" / f"{key.hexdigest()[:24]}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            beside = Path(folder) / target.name
+            sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+            subprocess.run([compiler, *FLAGS, *sources, "-o", str(beside), "-lm"], capture_output=True, check=True,
+                           timeout=120)
+            beside.replace(target)
+    return target
+
+
+def _processor() -> bytes:
+    """What the processor can do: code compiled for one does not run on every other."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return torch.backends.cpu.get_cpu_capability().encode()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()

@@ -1,0 +1,65 @@
+/* What the compiled functions share: vectors of four numbers, and numbers that come and go as float32 or bfloat16. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+typedef int32_t ints __attribute__((vector_size(16)));
+typedef float floats __attribute__((vector_size(16)));
+typedef uint16_t loose_bf16 __attribute__((vector_size(8), aligned(2)));
+typedef float loose_floats __attribute__((vector_size(16), aligned(4)));
+
+enum { LANES = 4 };
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE floats load_floats(const float *from) { return *(const loose_floats *)from; }
+INLINE floats load_bf16(const bf16 *from) {
+    return (floats)(__builtin_convertvector(*(const loose_bf16 *)from, ints) << 16);
+}
+
+INLINE float widened(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE bf16 narrowed(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE float get(const void *x, int64_t i, int half) {
+    return half ? widened(((const bf16 *)x)[i]) : ((const float *)x)[i];
+}
+
+INLINE floats get_four(const void *x, int64_t i, int half) {
+    return half ? load_bf16((const bf16 *)x + i) : load_floats((const float *)x + i);
+}
+
+INLINE void put(void *y, int64_t i, float value, int half) {
+    if (half) ((bf16 *)y)[i] = narrowed(value);
+    else ((float *)y)[i] = value;
+}
+
+INLINE float sum_of(floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
+/* exp x, its relative error below 3e-7; 0 or infinity where float32 has no number for it. */
+INLINE floats exp_of(floats x) {
+    const ints low = x < -87.3f, high = x > 88.7f;
+    const floats turns = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* to the nearest whole number */
+    const floats r = x - turns * 0.693359375f + turns * 2.12194440e-4f;
+    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const ints two_to = (__builtin_convertvector(turns, ints) + 127) << 23;
+    const floats value = p * (floats)two_to;
+    return (floats)(((ints)value & ~low & ~high) | (high & 0x7f800000));
+}

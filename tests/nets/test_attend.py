@@ -1,0 +1,122 @@
+"""The compiled attention beside softmax attention on gathered keys in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from layerwise.nets.attend import Places, attend, attends
+from layerwise.nets.attention import rotate
+from layerwise.nets.compiled import library
+from layerwise.nets.flow import Flow
+from layerwise.spec import Attention, Rope
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler with OpenMP")
+
+BLOCK = 4
+PLAIN = Attention(heads=6, kv_heads=2, head_dim=16)
+KINDS = {
+    "plain": PLAIN, "one key head": replace(PLAIN, kv_heads=1), "window": replace(PLAIN, window=5),
+    "soft cap": replace(PLAIN, softcap=3.0), "scale": replace(PLAIN, scale=0.5),
+    "no rotation": replace(PLAIN, rope=None), "half rotated": replace(PLAIN, rope=Rope(part=0.5)),
+    "wide heads": replace(PLAIN, head_dim=64)}
+ROWS = [(0, 1), (6, 1), (9, 3), (17, 2)]
+"""Of every sequence the tokens before and the new ones."""
+
+
+class World:
+    """Sequences whose blocks lie in no order, and the same keys in one piece."""
+
+    def __init__(self, a: Attention, dtype: torch.dtype) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.a, self.dtype = a, dtype
+        needed = [-(-(past + new) // BLOCK) for past, new in ROWS]
+        order = torch.randperm(sum(needed) + 2, generator=draw).tolist()
+        self.blocks = [[order.pop() for _ in range(count)] for count in needed]
+        shape = a.kv_heads, (sum(needed) + 2) * BLOCK, a.head_dim
+        self.k, self.v = (torch.randn(shape, generator=draw).to(dtype) for _ in range(2))
+        tokens = sum(new for _, new in ROWS)
+        self.qkv = torch.randn(tokens, (a.heads + 2 * a.kv_heads) * a.head_dim, generator=draw).to(dtype)
+        self.places = [place for past, new in ROWS for place in range(past, past + new)]
+        self.row = [index for index, (_, new) in enumerate(ROWS) for _ in range(new)]
+        self.flow = Flow(torch.tensor([self.places]), dtype=dtype)
+
+    def slots(self, row: int, stop: int) -> list[int]:
+        return [self.blocks[row][slot // BLOCK] * BLOCK + slot % BLOCK for slot in range(stop)]
+
+    def found(self, first: int = 0) -> Tensor:
+        """From the compiled function, the first `first` blocks of every long sequence let go."""
+        firsts = [first if len(blocks) > first + 1 else 0 for blocks in self.blocks]
+        longest = max(map(len, self.blocks))
+        table = [blocks[gone:] + [0] * (longest - len(blocks) + gone)
+                 for blocks, gone in zip(self.blocks, firsts, strict=True)]
+        new = [self.slots(row, place + 1)[-1] for row, place in zip(self.row, self.places, strict=True)]
+        places = Places(*map(torch.tensor, (new, self.row, self.places, firsts, table)))
+        a = self.a
+        rotation = None if a.rope is None else self.flow.rotation(a.rope, int(a.head_dim * a.rope.part))
+        return attend(a, self.qkv, rotation, self.k, self.v, places, BLOCK)
+
+    def expected(self, first: int = 0) -> Tensor:
+        a = self.a
+        heads = self.qkv.view(len(self.places), -1, a.head_dim).transpose(0, 1)[None]
+        both, v_new = heads[:, : a.heads + a.kv_heads], heads[0, a.heads + a.kv_heads :]
+        both = both if a.rope is None else rotate(both, self.flow, a)
+        q, k_new = both[0, : a.heads].double(), both[0, a.heads :]
+        k, v = self.k.clone(), self.v.clone()
+        for token, (row, place) in enumerate(zip(self.row, self.places, strict=True)):
+            slot = self.slots(row, place + 1)[-1]
+            k[:, slot], v[:, slot] = k_new[:, token], v_new[:, token]
+        out = []
+        for token, (row, place) in enumerate(zip(self.row, self.places, strict=True)):
+            start = first * BLOCK if len(self.blocks[row]) > first + 1 else 0
+            start = max(start, 0 if a.window is None else place + 1 - a.window)
+            slots = self.slots(row, place + 1)[start:]
+            of_head = [head // (a.heads // a.kv_heads) for head in range(a.heads)]
+            keys, values = k[of_head][:, slots].double(), v[of_head][:, slots].double()
+            logits = torch.einsum("hd,hsd->hs", q[:, token], keys) * (a.head_dim**-0.5 if a.scale is None else a.scale)
+            logits = logits if a.softcap is None else a.softcap * torch.tanh(logits / a.softcap)
+            out.append(torch.einsum("hs,hsd->hd", logits.softmax(-1), values).flatten())
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_tokens_get(kind: str, dtype: torch.dtype) -> None:
+    world = World(KINDS[kind], dtype)
+    expected = world.expected()
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(world.found().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_blocks_that_were_let_go_are_not_seen() -> None:
+    world = World(PLAIN, torch.float32)
+    expected = world.expected(first=2)
+    torch.testing.assert_close(world.found(first=2).double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_slots_that_nobody_sees_do_not_matter() -> None:
+    """What another sequence or an earlier user left there, even if it is no number."""
+    world = World(PLAIN, torch.float32)
+    expected = world.expected()
+    mine = {slot for row, (past, new) in enumerate(ROWS) for slot in world.slots(row, past + new)}
+    others = [slot for slot in range(world.k.shape[1]) if slot not in mine]
+    world.k[:, others] = world.v[:, others] = float("nan")
+    torch.testing.assert_close(world.found().double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_a_sequence_does_not_depend_on_its_mates() -> None:
+    world, other = World(PLAIN, torch.float32), World(PLAIN, torch.float32)
+    other.qkv[0] = float("nan")
+    both, spoilt = world.found(), other.found()
+    assert spoilt[0].isnan().all() and torch.equal(both[1:], spoilt[1:])
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    cpu = torch.device("cpu")
+    assert attends(PLAIN, torch.float32, cpu)
+    assert not attends(replace(PLAIN, head_dim=12), torch.float32, cpu)
+    assert not attends(replace(PLAIN, qk_norm=True), torch.float32, cpu)
+    assert not attends(PLAIN, torch.float16, cpu) and not attends(PLAIN, torch.float32, torch.device("cuda"))
