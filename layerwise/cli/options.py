@@ -27,6 +27,11 @@ Model = Annotated[
     str,
     typer.Argument(help="Demo name, Hugging Face folder or id, or .gguf file.", autocompletion=demo_names),
 ]
+AnyModel = Annotated[
+    str,
+    typer.Argument(help="Demo name, Hugging Face folder or id, .gguf file, or code that makes a module: "
+                        "package.module:name or FILE.py:name.", autocompletion=demo_names),
+]
 Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
 Output = Annotated[
     Path | None,
@@ -40,6 +45,11 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew instead of resu
 Data = Annotated[
     str,
     typer.Option("--data", help="Text: default, a .txt/.md/.jsonl file or a folder of them, hf:<data set>:<split>."),
+]
+AnyData = Annotated[
+    str,
+    typer.Option("--data", help="Text: default, a .txt/.md/.jsonl file or a folder of them, hf:<data set>:<split>. For "
+                                "modules FILE.py:name, batches of (inputs, labels) or inputs, or what makes them."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="Where to compute: cpu, cuda or cuda:1.")]
 CachePrecision = Annotated[

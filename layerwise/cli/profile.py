@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial, reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layerwise.cli.options import Data, Fresh, Json, Model, Output, Seed, full, words
+from layerwise.cli.options import AnyData, AnyModel, Fresh, Json, Output, Seed, full, words
 from layerwise.cli.screen import Screen
 from layerwise.errors import BadData
+
+TRIED_TOKENS = 1024
+"""Tokens of text on which alternatives for layers are tried: each costs half a pass, and every layer has several."""
 
 if TYPE_CHECKING:
     from layerwise.measure.scores import Scores
@@ -26,15 +31,21 @@ def instruments() -> list[str]:
 Only = Annotated[str, typer.Option("--only", help="Instruments, separated by commas.", autocompletion=instruments)]
 Deep = Annotated[
     bool,
-    typer.Option("--deep", help="Also those that try every layer differently: minutes instead of seconds."),
+    typer.Option("--deep", help="Also gradients, and what tries every layer differently: minutes to an hour."),
+]
+Blocks = Annotated[
+    int | None,
+    typer.Option("--blocks", min=1, help=f"Blocks of text that are read; by default 18 of 512 tokens, and "
+                                         f"alternatives for layers are tried on {TRIED_TOKENS} of those tokens."),
 ]
 
 
 def profile(
-    model: Model,
+    model: AnyModel,
     only: Only = "",
     deep: Deep = False,
-    data: Data = "default",
+    data: AnyData = "default",
+    blocks: Blocks = None,
     seed: Seed = 0,
     output: Output = None,
     fresh: Fresh = False,
@@ -42,7 +53,8 @@ def profile(
 ) -> None:
     """Show what each layer does and what it costs.
 
-    All instruments that share one pass over the text are used, or those named with --only.
+    All instruments that share one pass over the data are used, or those named with --only. Results come in words, as a
+    table, as a page with charts, and with --json as values.
     """
     from layerwise.cli.imported import open_model
     from layerwise.io import atomic
@@ -56,23 +68,22 @@ def profile(
     screen = Screen(as_json)
     names = words(only) or default_instruments(deep)
     resolve(names)
-    arguments = {"model": full(model), "instruments": names, "data": full(data), "seed": seed}
+    arguments = {"model": full(model), "instruments": names, "data": full(data), "blocks": blocks, "seed": seed}
     folder = output or default_folder("profile", model, arguments)
     with Run.open(folder, "profile", arguments, fresh=fresh) as run, screen.resumable():
         screen.tell(f"opening {model}")
         stack = open_model(model)
         run.note("model fingerprint", identity(stack))
-        inputs = _inputs(stack, data, seed)
+        inputs = _inputs(stack, data, blocks, seed)
         chosen = names if only else _possible(stack, names, inputs, screen)
-        screen.tell(f"measuring {len(stack)} layers by {len(chosen)} instruments")
-        scores = run.step(
-            "scores",
-            lambda: _known(measure(stack, inputs, chosen, seed=seed, resume=run.path("measured.jsonl")),
-                           stack, deep and not only),
-            file="scores.parquet",
-            save=lambda found, path: found.save(path),
-            load=Scores.load,
-        )
+        parts = _parts(chosen, inputs, blocks)
+        found = []
+        for part, (those, read) in parts.items():
+            screen.tell(f"{part}: {len(stack)} layers by {len(those)} instruments")
+            work = partial(measure, stack, read, those, seed=seed, resume=run.path("measured.jsonl"))
+            found.append(run.step(part, work, file=f"{part}.parquet", save=_save, load=Scores.load))
+        scores = run.step("scores", lambda: _known(reduce(Scores.merge, found), stack, deep and not only),
+                          file="scores.parquet", save=_save, load=Scores.load)
         run.step(
             "page",
             lambda: profile_page(scores, stack.name),
@@ -84,6 +95,8 @@ def profile(
     screen.show(f"\n{stack.spec}\n\n{scores}\n")
     for finding in said:
         screen.show(f"{'' if finding.sure else 'uncertain: '}{finding.text}")
+    if not (deep or only):
+        screen.show("\nWhat taking each layer away does, and where facts are written: --deep")
     screen.show(f"\nscores  {run.path('scores.parquet')}\nreport  {run.path('report.html')}")
     screen.finish(
         {
@@ -95,6 +108,20 @@ def profile(
             "columns": scores.to_json()["columns"],
         }
     )
+
+
+def _parts(names: list[str], inputs: Any, blocks: int | None) -> dict[str, tuple[list[str], Any]]:
+    """The instruments that read all data, and those that try alternatives, each with what it reads."""
+    from layerwise.data.text import TextData
+    from layerwise.measure import INSTRUMENTS
+    from layerwise.measure.base import Intervention
+
+    few = inputs
+    if isinstance(inputs, TextData) and blocks is None:
+        few = inputs.take(max(1, TRIED_TOKENS // inputs.length))
+    trying = [name for name in names if issubclass(INSTRUMENTS[name], Intervention)]
+    parts = {"measuring": ([name for name in names if name not in trying], inputs), "trying": (trying, few)}
+    return {part: given for part, given in parts.items() if given[0]}
 
 
 def _possible(stack: Stack, names: list[str], inputs: Any, screen: Screen) -> list[str]:
@@ -109,6 +136,10 @@ def _possible(stack: Stack, names: list[str], inputs: Any, screen: Screen) -> li
     for expected, without in missing.items():
         screen.tell(f"left out, for want of {expected}: {', '.join(without)}")
     return [name for name in names if reasons[name] is None]
+
+
+def _save(scores: Scores, path: Path) -> Path:
+    return scores.save(path)
 
 
 def _known(scores: Scores, stack: Stack, wanted: bool) -> Scores:
@@ -126,7 +157,7 @@ def _known(scores: Scores, stack: Stack, wanted: bool) -> Scores:
                    provenance={**scores.provenance, "knowledge": dict(chances)})
 
 
-def _inputs(stack: Stack, data: str, seed: int) -> Any:
+def _inputs(stack: Stack, data: str, blocks: int | None, seed: int) -> Any:
     """Text for a language model, what the user's code makes for any other."""
     from layerwise.cli.imported import imported, names_code
     from layerwise.report.optimize import calibration_text
@@ -140,14 +171,15 @@ def _inputs(stack: Stack, data: str, seed: int) -> Any:
             expected="batches of what its forward pass takes",
             do="--data FILE.py:NAME, a list of batches or a function that makes one",
         )
-    return calibration_text(stack, data, seed)
+    return calibration_text(stack, data, seed, blocks)
 
 
 def default_instruments(deep: bool) -> list[str]:
-    """Every instrument; without `deep` only those that need no trial, no gradients and little beside the pass."""
+    """Every instrument that is not for plans; without `deep` only those that need no trial, no gradients and little
+    beside the pass."""
     from layerwise.measure import INSTRUMENTS
     from layerwise.measure.base import Gradient, Intervention
 
     kinds = {name: INSTRUMENTS[name] for name in INSTRUMENTS}
-    return [name for name, kind in kinds.items()
-            if deep or not (kind.slow or issubclass(kind, (Gradient, Intervention)))]
+    return [name for name, kind in kinds.items() if not kind.for_plans
+            and (deep or not (kind.slow or issubclass(kind, (Gradient, Intervention))))]

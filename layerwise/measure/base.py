@@ -44,6 +44,8 @@ class Instrument(ABC):
     about: ClassVar[str]
     slow: ClassVar[bool] = False
     """Whether it takes longer than the pass it shares, and is left out unless asked for."""
+    for_plans: ClassVar[bool] = False
+    """Whether its columns predict what alternatives cost, for a plan to read: left out unless named."""
 
     @property
     def label(self) -> str:

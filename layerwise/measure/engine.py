@@ -19,9 +19,9 @@ from layerwise.measure import INSTRUMENTS, backward, reading, sweep
 from layerwise.measure.base import Call, Forward, Gradient, Instrument, Intervention, PerLayer, Reading
 from layerwise.measure.forward import Pass, forward_pass
 from layerwise.measure.identity import identity
-from layerwise.measure.inputs import Inputs, fingerprint
+from layerwise.measure.inputs import Input, Inputs, fingerprint
 from layerwise.measure.journal import Journal
-from layerwise.measure.memory import enough_memory
+from layerwise.measure.memory import enough_memory, out_of_memory
 from layerwise.measure.module_walk import check_labels
 from layerwise.measure.progress import Progress
 from layerwise.measure.scores import Column, Scores
@@ -126,7 +126,8 @@ class _Job:
         """Layer runs of everything, for the progress bar."""
         batches = 1 if self.inputs is None else len(self.inputs)
         passes = len(self.stack) * (bool(self.forward) + 3 * bool(self.gradient))
-        return batches * passes + len(self.stack) * bool(self.reading) + sweep.cost(self.stack, self.trying)
+        once = len(self.stack) * (bool(self.reading) + bool(self.per_layer))
+        return batches * passes + once + sweep.cost(self.stack, self.trying)
 
     def run(self, bar: Progress) -> dict[Instrument, tuple[Column, ...]]:
         made = self._layers(bar)
@@ -157,12 +158,13 @@ class _Job:
     def _layers(self, bar: Progress) -> dict[Instrument, tuple[Column, ...]]:
         """The forward pass, and what reads one layer at a time, in one reading of a streamed model."""
         values: list[list[Mapping[str, float]]] = [[] for _ in self.per_layer]
-        calls = _calls(self.stack, self.inputs) if self.per_layer else {}
+        calls = _calls(self.stack, self.inputs)
 
         def read(layer: int) -> None:
             for value, instrument in zip(values, self.per_layer, strict=True):
                 with enough_memory(self.stack, f"{instrument.name!r} reads layer {layer}", repr(instrument.name)):
                     value.append(instrument.of(self.stack, layer, calls.get(layer)))
+            bar.step(bool(self.per_layer))
 
         tallies = [instrument.start(self.stack.spec) for instrument in self.forward]
         together = isinstance(self.stack, DecoderStack) and self.stack.streamed and bool(self.forward)
@@ -233,7 +235,10 @@ def _check_halves(stack: Stack, instrument: Forward[Any]) -> None:
 
 
 def _calls(stack: Stack, inputs: Inputs | None) -> dict[int, Call]:
-    """How a module calls each of its layers on the first batch; nothing for a decoder or without data."""
+    """How a module calls each of its layers on the first batch; nothing for a decoder or without data.
+
+    Raises BadData where the module cannot run on that batch.
+    """
     if inputs is None or isinstance(stack, DecoderStack):
         return {}
     calls: dict[int, Call] = {}
@@ -248,5 +253,23 @@ def _calls(stack: Stack, inputs: Inputs | None) -> dict[int, Call]:
         for layer in range(len(stack)):
             hooks.callback(watch(layer, stack.block(layer)).remove)
         first = next(iter(inputs))
-        stack(*first.args, **first.kwargs)
+        with enough_memory(stack, "running the first batch"):
+            _try(stack, first)
     return calls
+
+
+def _try(stack: Stack, first: Input) -> None:
+    try:
+        stack(*first.args, **first.kwargs)
+    except LayerwiseError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        given = [*(("", item) for item in first.args), *((f"{name}=", item) for name, item in first.kwargs.items())]
+        shapes = ", ".join(name + (str(list(item.shape)) if isinstance(item, Tensor) else type(item).__name__)
+                           for name, item in given)
+        raise BadData(f"a first batch ({shapes}) on which {stack.name} fails: {type(error).__name__}: {error}",
+                      expected="batches that its forward pass takes: a tensor, a tuple, or a mapping of names",
+                      do="run the model on one batch in Python first; for text, check the tokenizer's folder"
+                      ) from error

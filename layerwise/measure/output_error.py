@@ -62,6 +62,7 @@ class OutputError(Reading):
     unit: ClassVar[str] = "share"
     important: ClassVar[Direction | None] = "high"
     about: ClassVar[str] = "share of a matrix's output that storing it so changes"
+    for_plans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in ("formats", "ranks", "widths"):

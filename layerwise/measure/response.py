@@ -51,6 +51,7 @@ class Response(Intervention):
     unit: ClassVar[str] = "nats/token"
     important: ClassVar[Direction] = "high"
     about: ClassVar[str] = "what disturbing one matrix, or leaving a part out, does to the predictions"
+    for_plans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in ("drops", "tables"):

@@ -145,10 +145,16 @@ def _plain(figure: Figure) -> Any:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Any:
-    """Nested provenance as (dotted name, value) pairs; long lists are counted instead of listed."""
+    """Nested provenance as (dotted name, value) pairs; of named things the names, of long lists the length."""
     for name, item in value.items():
         if isinstance(item, Mapping):
             yield from _flat(item, f"{prefix}{name}: ")
+        elif isinstance(item, (list, tuple)) and item and all(isinstance(part, Mapping) for part in item):
+            if all("name" in part for part in item):
+                yield f"{prefix}{name}", ", ".join(part["name"] for part in item)
+            else:
+                for place, part in enumerate(item, 1):
+                    yield from _flat(part, f"{prefix}{name} {place}: ")
         elif isinstance(item, (list, tuple)) and len(item) > 8:
             yield f"{prefix}{name}", f"{len(item)} values"
         else:

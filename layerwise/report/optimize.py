@@ -142,8 +142,10 @@ def optimize(
     return Optimized(plan, scores, tried, report, model, page)
 
 
-def calibration_text(stack: Stack, source: str | Path, seed: int) -> TextData:
+def calibration_text(stack: Stack, source: str | Path, seed: int, blocks: int | None = None) -> TextData:
     """Blocks to measure on, from the calibration split; for a demo that sees, questions about its own pictures.
+
+    `blocks` is how many at the most, BLOCKS by default.
 
     Raises BadData for a model without a tokenizer.
     """
@@ -157,7 +159,7 @@ def calibration_text(stack: Stack, source: str | Path, seed: int) -> TextData:
         )
     length = min(LENGTH, stack.spec.context)
     whole = text_blocks(source, stack.tokenizer, length=length, split="calibration")
-    blocks = min(BLOCKS, len(whole))
+    blocks = min(blocks or BLOCKS, len(whole))
     return text_blocks(source, stack.tokenizer, length=length, blocks=blocks, split="calibration", seed=seed)
 
 

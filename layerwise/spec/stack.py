@@ -119,8 +119,9 @@ class StackSpec:
 
     def table(self) -> str:
         """A short text table, one line for a run of equal rows."""
-        lines = [f"{self.family}: hidden {self.hidden}, vocabulary {self.vocabulary}, {self.dtype}, "
-                 f"{self.parameters() / 1e6:.1f}M parameters, {self.bytes() / 1e6:.1f} MB"]
+        sizes = f"hidden {self.hidden}, vocabulary {self.vocabulary}, " if self.hidden else ""
+        lines = [f"{self.family}: {sizes}{self.dtype}, "
+                 f"{self.parameters() / 1e6:.3g}M parameters, {self.bytes() / 1e6:.1f} MB"]
         start = 0
         for index in range(1, len(self.rows) + 1):
             if index == len(self.rows) or self.rows[index] != self.rows[start]:

@@ -69,6 +69,7 @@ def test_profile_of_a_users_module(file: str, tmp_path: Path, layerwise: Callabl
 def test_deep_profile_and_comparison_of_a_users_module(file: str, layerwise: Callable[..., Any]) -> None:
     ran = layerwise("profile", f"{file}:build", "--data", f"{file}:batches", "--deep", "-o", "run")
     assert "skip-effect" in ran.stdout and "leave-one-out" in ran.stderr and "labels" in ran.stderr
+    assert "measuring: 3 layers" in ran.stderr and "trying: 3 layers by 1 instruments" in ran.stderr
     ran = layerwise("compare", f"{file}:build", f"{file}:build", "--data", f"{file}:batches", "--json")
     found = json.loads(ran.stdout)
     assert all(row[layer] > 0.999 for layer, row in enumerate(found["similarity"]))

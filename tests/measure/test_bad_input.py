@@ -40,6 +40,12 @@ def test_a_module_without_repeated_blocks_says_how_to_name_them() -> None:
     assert "blocks=" in error.value.do
 
 
+def test_data_that_a_module_cannot_read_is_named_before_anything_is_measured() -> None:
+    with pytest.raises(BadData, match=r"first batch \(\[2, 5\]\) on which Sequential fails: RuntimeError") as error:
+        measure(ModuleStack(mlp((4, 4, 4, 2))), [torch.randn(2, 5)], "block-influence", progress=False)
+    assert "Python" in error.value.do
+
+
 def test_pictures_without_labels_where_labels_are_needed(tmp_path: Path) -> None:
     picture = pytest.importorskip("PIL.Image")
     picture.new("RGB", (8, 8)).save(tmp_path / "one.png")

@@ -108,6 +108,16 @@ def test_progress_stays_silent_when_quick_or_unwatched(capfd: pytest.CaptureFixt
     assert capfd.readouterr() == ("", "")
 
 
+def test_progress_in_a_file_is_a_line_now_and_then(capfd: pytest.CaptureFixture[str],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerwise.measure.progress.PATIENCE", -1.0)
+    monkeypatch.setattr("layerwise.measure.progress.LINES_EVERY", 0.0)
+    for show in (False, True):
+        with Progress("measuring", 4, show) as progress:
+            progress.step()
+    assert capfd.readouterr() == ("", "measuring: 25% after 0 min, about 0 min left\n")
+
+
 def test_progress_appears_on_standard_error(capfd: pytest.CaptureFixture[str],
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layerwise.measure.progress.PATIENCE", -1.0)
