@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from layerwise.measure.scores import Column, Scores
 from layerwise.report.table import size
+from layerwise.spec import StateSpace
 
 TRIED = ("leave-one-out", "skip-effect")
 """Columns that try a layer's absence, what it costs in loss first."""
-ATTENTION = frozenset("qkvo")
+FEED_FORWARD = frozenset(("gate", "up", "down"))
 FEW = 3
 AGREE = 0.5
 """Rank correlation from which two instruments count as telling the same story."""
@@ -116,10 +117,11 @@ def _kinds(scores: Scores) -> Iterator[Finding]:
     most = {}
     for half, name in halves.items():
         known = [(value, layer) for layer, value in enumerate(scores[name].values) if layer and not math.isnan(value)]
-        most[half] = [layer for _, layer in sorted(known, reverse=True)[:FEW]]
+        most[half] = [layer for value, layer in sorted(known, reverse=True)[:FEW] if value > 0]
     if all(most.values()):
+        mixer = "attention or state space" if _recurrent(scores) else "attention"
         yield Finding(
-            f"What the context says is written most in {_layers(most['attention'])} (attention), what is stored in "
+            f"What the context says is written most in {_layers(most['attention'])} ({mixer}), what is stored in "
             f"weights most in {_layers(most['feed-forward'])} (feed-forward), beside what is there already; layer 0, "
             "which writes on bare embeddings, is left out. Size alone does not say which facts these are.", sure=False)
 
@@ -163,11 +165,14 @@ def _bytes(scores: Scores) -> Iterator[Finding]:
                       f"layer {most} is the largest with {rows[most] / total:.0%}.")
         return
     tables = spec.embedding_bytes() + spec.head_bytes()
-    matrices = [item for row in spec.rows for item in row.matrix_bytes(spec.hidden, spec.dtype).items()]
-    attention = sum(count for name, count in matrices if name in ATTENTION)
-    feed_forward = sum(count for name, count in matrices if name not in ATTENTION)
-    yield Finding(f"Of {size(total)}, the token tables hold {tables / total:.0%}, attention {attention / total:.0%} "
-                  f"and the feed-forward halves {feed_forward / total:.0%}.")
+    held = {"attention": 0.0, "the state spaces": 0.0, "the feed-forward halves": 0.0}
+    for row in spec.rows:
+        mixer = "the state spaces" if isinstance(row.mixer, StateSpace) else "attention"
+        for name, count in row.matrix_bytes(spec.hidden, spec.dtype).items():
+            held["the feed-forward halves" if name in FEED_FORWARD else mixer] += count
+    parts = [f"the token tables hold {tables / total:.0%}",
+             *(f"{part} {count / total:.0%}" for part, count in held.items() if count)]
+    yield Finding(f"Of {size(total)}, {', '.join(parts[:-1])} and {parts[-1]}.")
 
 
 def _time(scores: Scores) -> Iterator[Finding]:
@@ -212,6 +217,10 @@ def _roofline(scores: Scores) -> Iterator[Finding]:
             worst = scores[name].values.index(min(values))
             yield Finding(f"{what}, layers run at {100 * min(values):.2g} to {100 * max(values):.2g} % of what "
                           f"this machine's arithmetic and memory allow; layer {worst} is furthest from it.")
+
+
+def _recurrent(scores: Scores) -> bool:
+    return any(isinstance(row.mixer, StateSpace) for row in scores.spec.rows)
 
 
 def _signed(column: Column) -> list[float]:

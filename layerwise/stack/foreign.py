@@ -66,12 +66,13 @@ def _quiet() -> Iterator[None]:
     """Without the bar and the table that transformers prints while it loads."""
     from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    said: Any = logging  # most of its functions have no types
+    level, bar = said.get_verbosity(), said.is_progress_bar_enabled()
+    said.set_verbosity_error()
+    said.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        said.set_verbosity(level)
         if bar:
-            logging.enable_progress_bar()
+            said.enable_progress_bar()

@@ -8,6 +8,7 @@ import pytest
 from layerwise.measure.scores import Column, Scores
 from layerwise.report.findings import findings, rank_correlation
 from layerwise.report.html import profile_page
+from layerwise.spec import LayerSpec, StateSpace
 from layerwise.testing.stacks import random_stack
 
 LAYERS = 8
@@ -51,6 +52,16 @@ def test_bytes_add_up_to_the_whole() -> None:
     vectors = sum(row.bytes(spec.hidden, spec.dtype) for row in spec.rows) - parts
     assert 0 < vectors < 0.05 * parts
     assert any("feed-forward halves" in finding.text for finding in findings(scores()))
+
+
+def test_state_spaces_are_neither_attention_nor_feed_forward() -> None:
+    row = LayerSpec(StateSpace(heads=2, head_dim=4, state=4, groups=1), None)
+    spec = replace(random_stack(LAYERS).spec, rows=(row,) * LAYERS)
+    contributions = [column("relative-contribution:attention", RISING),
+                     column("relative-contribution:feed-forward", [0.0] * LAYERS)]
+    found = " ".join(f.text for f in findings(Scores(spec, {c.name: c for c in contributions})))
+    assert "the state spaces" in found
+    assert "feed-forward halves" not in found and "What the context says" not in found
 
 
 def test_a_slow_layer_is_named() -> None:

@@ -87,3 +87,21 @@ def test_what_transformers_cannot_build_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
     with pytest.raises(BadModel, match="cannot build"):
         open_foreign(tmp_path)
+
+
+def test_a_classifier_keeps_its_head_and_says_nothing_while_it_loads(tmp_path: Path,
+                                                                    capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+                       image_size=16, patch_size=8, num_labels=5)
+    model = ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "classes")
+    capfd.readouterr()
+    stack = open_foreign(tmp_path / "classes")
+    assert capfd.readouterr() == ("", "")
+    pixels = torch.randn(4, 3, 16, 16)
+    assert torch.equal(stack(pixels).logits, model(pixels).logits)
+    scores = measure(stack, [(pixels, torch.tensor([0, 1, 2, 3]))], "leave-one-out", progress=False)
+    assert all(value == value for value in scores["leave-one-out"].values)
