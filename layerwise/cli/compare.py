@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layerwise.cli.options import Data, Json, Seed, demo_names
+from layerwise.cli.options import AnyData, Json, Seed, demo_names
 from layerwise.cli.screen import Screen, columns
 
 if TYPE_CHECKING:
     from layerwise.stack.base import Stack
 
-One = Annotated[str, typer.Argument(help="A model, or a plan.json.", autocompletion=demo_names)]
+One = Annotated[str, typer.Argument(help="A model as in `profile`, or a plan.json.", autocompletion=demo_names)]
 TablesOnly = Annotated[bool, typer.Option("--tables-only", help="Compare the layer tables without running the models.")]
 
 Page = Annotated[Path | None, typer.Option("-o", "--output", help="Also write the map of similarities as a page.")]
@@ -27,7 +27,7 @@ SCORES = ("block-influence", "relative-contribution", "logit-lens-kl")
 def compare(
     a: One,
     b: One,
-    data: Data = "default",
+    data: AnyData = "default",
     output: Page = None,
     tables_only: TablesOnly = False,
     seed: Seed = 0,
@@ -45,11 +45,11 @@ def compare(
         return _plans(a, b, screen)
     screen.tell(f"opening {a} and {b}")
     before, after = open_model(a), open_model(b)
+    inputs = None if tables_only else _inputs(before, data)
     differences = before.spec.diff(after.spec)
     screen.show(f"{before.spec}\n\n{after.spec}\n")
     result = {"differences": differences, **_sizes(before, after)}
     if not tables_only:
-        inputs = _inputs(before, data)
         result |= _layers(before, after, inputs, seed, output, screen)
         result |= _scored(before, after, inputs, seed, screen)
         if before.spec.vocabulary and after.spec.vocabulary:
@@ -69,12 +69,13 @@ def _plans(a: str, b: str, screen: Screen) -> None:
 
 def _inputs(stack: Stack, data: str) -> Any:
     """Unseen text for a language model, what the user's code makes for any other."""
-    from layerwise.cli.imported import imported, names_code
+    from layerwise.cli.imported import check_text, imported, names_code
     from layerwise.report.verify import verification_text
 
     if names_code(data):
         found = imported(data)
         return list(found) if isinstance(found, Iterator) else found
+    check_text(stack)
     return verification_text(stack, data).take(8)
 
 

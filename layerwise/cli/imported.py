@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import BadOption
+from layerwise.errors import BadData, BadOption
 
 if TYPE_CHECKING:
     from layerwise.stack.base import Stack
@@ -54,6 +54,16 @@ def open_model(model: str) -> Stack:
         raise BadOption(f"{model}, which makes a {type(module).__name__}", expected="a torch.nn.Module, or a stack",
                         do="return the model itself, or layerwise.open(model, blocks=[...])")
     return open(module.eval())
+
+
+def check_text(stack: Stack) -> None:
+    """Raise BadData for a module that reads no text, and so needs data of the user's."""
+    from layerwise.stack.decoder import DecoderStack
+
+    if not isinstance(stack, DecoderStack) and stack.tokenizer is None:
+        raise BadData(f"no data for {stack.name}, which reads no text",
+                      expected="batches of what its forward pass takes",
+                      do="--data FILE.py:NAME, a list of batches or a function that makes one")
 
 
 def _module(place: str) -> Any:

@@ -11,14 +11,13 @@ import typer
 
 from layerwise.cli.options import AnyData, AnyModel, Fresh, Json, Output, Seed, full, words
 from layerwise.cli.screen import Screen
-from layerwise.errors import BadData
-
-TRIED_TOKENS = 1024
-"""Tokens of text on which alternatives for layers are tried: each costs half a pass, and every layer has several."""
 
 if TYPE_CHECKING:
     from layerwise.measure.scores import Scores
     from layerwise.stack.base import Stack
+
+TRIED_TOKENS = 1024
+"""Tokens of text on which alternatives for layers are tried: each costs half a pass, and every layer has several."""
 
 
 def instruments() -> list[str]:
@@ -159,18 +158,12 @@ def _known(scores: Scores, stack: Stack, wanted: bool) -> Scores:
 
 def _inputs(stack: Stack, data: str, blocks: int | None, seed: int) -> Any:
     """Text for a language model, what the user's code makes for any other."""
-    from layerwise.cli.imported import imported, names_code
+    from layerwise.cli.imported import check_text, imported, names_code
     from layerwise.report.optimize import calibration_text
-    from layerwise.stack.decoder import DecoderStack
 
     if names_code(data):
         return imported(data)
-    if not isinstance(stack, DecoderStack) and stack.tokenizer is None:
-        raise BadData(
-            f"no data for {stack.name}, which reads no text",
-            expected="batches of what its forward pass takes",
-            do="--data FILE.py:NAME, a list of batches or a function that makes one",
-        )
+    check_text(stack)
     return calibration_text(stack, data, seed, blocks)
 
 

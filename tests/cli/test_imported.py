@@ -75,3 +75,8 @@ def test_deep_profile_and_comparison_of_a_users_module(file: str, layerwise: Cal
     assert all(row[layer] > 0.999 for layer, row in enumerate(found["similarity"]))
     assert found["scores"][0] == found["scores"][1]
     assert not any(value for layer in found["drift"] for value in layer.values())
+
+
+def test_modules_are_not_compared_without_data(file: str, layerwise: Callable[..., Any]) -> None:
+    ran = layerwise("compare", f"{file}:build", f"{file}:build", check=False)
+    assert ran.returncode == 2 and not ran.stdout and "--data FILE.py:NAME" in ran.stderr
