@@ -15,6 +15,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "parameters": {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9},
     "layers": {"layers": 1},
     "milliseconds": {"us": 1e-3, "ms": 1, "s": 1e3},
+    "prefill": {"us": 1e-3, "ms": 1, "s": 1e3},
     "bits": {"bits": 1},
 }
 
@@ -27,6 +28,7 @@ class Budget:
     - `parameters`: number of parameters.
     - `layers`: number of layers.
     - `milliseconds`: measured time to decode one token.
+    - `prefill`: measured milliseconds to read a prompt (see `stopwatch.PROMPT`).
     - `bits`: stored bits per parameter of the original, scales and zero points included.
 
     An amount is an absolute number (`layers=22`, `bits=3.5`, `bytes="120MB"`), a share of the original
@@ -38,6 +40,7 @@ class Budget:
     parameters: Amount | None = None
     layers: Amount | None = None
     milliseconds: Amount | None = None
+    prefill: Amount | None = None
     bits: Amount | None = None
 
     def __post_init__(self) -> None:
@@ -74,8 +77,8 @@ def show(currency: str, value: float) -> str:
     """An absolute amount with its unit, for people."""
     if currency == "bytes":
         return f"{value / 1e6:.2f} MB" if value >= 1e5 else f"{value:.0f} bytes"
-    if currency == "milliseconds":
-        return f"{value:.3g} ms"
+    if currency in ("milliseconds", "prefill"):
+        return f"{value:.3g} ms{' of prefill' if currency == 'prefill' else ''}"
     return f"{value:.3f} bits per parameter" if currency == "bits" else f"{value:.0f} {currency}"
 
 

@@ -16,7 +16,7 @@ from layerwise.allocate.losses import Alternative, Losses
 from layerwise.allocate.plan import Plan
 from layerwise.allocate.solvers import SOLVERS
 from layerwise.allocate.solvers.base import Solver
-from layerwise.allocate.stopwatch import Stopwatch
+from layerwise.allocate.stopwatch import clock_for
 from layerwise.measure.scores import Scores
 
 
@@ -34,13 +34,12 @@ def allocate(
 
     Losses are measured ones where `scores` has them ("quantization-sensitivity", "leave-one-out"), and
     otherwise a surrogate from its importance columns, or from those named in `by`. `alternatives` limits
-    what a layer may become; see `choices.defaults`. `clock` times layers for a budget in milliseconds; the
-    default measures them on this machine. Raises BadBudget, with the smallest reachable value, where the
+    what a layer may become; see `choices.defaults`. `clock` times layers for limits on decoding and prefill;
+    the default measures them on this machine. Raises BadBudget, with the smallest reachable value, where the
     budget cannot be met; BadOption and UnknownName for scores that cannot be planned by.
     """
     solver = SOLVERS[solver]() if isinstance(solver, str) else solver
-    if budget.milliseconds is not None and clock is None:
-        clock = Stopwatch(scores.spec)
+    clock = clock or clock_for(budget, scores.spec)
     limits = budget.limits(totals(scores.spec, clock))
     groups, losses = make_choices(scores, alternatives, by, clock, tuple(limits))
     groups = [_useful(group, tuple(limits)) for group in groups]

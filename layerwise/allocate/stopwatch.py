@@ -18,6 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from layerwise.allocate.budget import Budget
+from layerwise.allocate.cost import Clock, Clocks
 from layerwise.errors import BadBudget
 from layerwise.io import atomic
 from layerwise.measure.timing import median_seconds
@@ -29,12 +31,19 @@ from layerwise.spec import Attention, Format, LayerSpec, Opaque, StackSpec, Stat
 
 MOST_COPIES = 24
 
+PROMPT = 256
+"""Tokens of the prompt whose reading a limit on prefill is about; half the context where that is less."""
+
+PROMPT_BYTES = 4e6
+"""Copies of a part for such a prompt: each weight is used so often there that where it comes from hardly counts."""
+
 M = TypeVar("M", bound=nn.Module)
 
 
 class Stopwatch:
     """Times parts of `spec` for one stream of `tokens` new tokens after `past` others: 1 decodes, more prefill.
 
+    Of the tokens of a prompt only the last is read by the head.
     The median of `repeats` after a warm-up. Copies of a part add up to `cold_bytes`, or are 24. Times are kept
     in `folder` (the cache folder by default, None for nowhere). Raises BadBudget for a model whose layers
     layerwise did not build.
@@ -46,7 +55,7 @@ class Stopwatch:
             raise BadBudget("a limit on milliseconds for a module that layerwise did not build",
                             expected="a decoder language model", do="limit bytes, parameters or layers")
         self.spec, self.tokens, self.repeats, self.cold_bytes = spec, tokens, repeats, cold_bytes
-        self.past = max(1, min(past, spec.context - tokens * (repeats + 1)))
+        self.past = max(0 if tokens > 1 else 1, min(past, spec.context - tokens * (repeats + 1)))
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         place = cache_folder() / "clock" if folder == "default" else folder
@@ -91,11 +100,12 @@ class Stopwatch:
 
     def _time_rest(self, row: LayerSpec) -> float:
         blocks = self._copies(1, lambda: _without_matrices(Block(row, self.spec.hidden)))
-        caches: dict[int, AnyCache] = {layer: self._cache(row) for layer in range(len(blocks))}
+        growing: dict[int, AnyCache] = {layer: self._cache(row) for layer in range(len(blocks))}
         starts = iter(range(self.past, self.spec.context + self.tokens, self.tokens))
 
         def run() -> None:
-            past = next(starts)
+            past = next(starts) if self.past else 0  # a prompt without a past starts anew every time
+            caches = growing if self.past else {layer: self._cache(row) for layer in range(len(blocks))}
             positions_1T = torch.arange(past, past + self.tokens, device=self.device)[None]
             flow = Flow(positions_1T, caches=caches, past=past, dtype=self.dtype)
             if isinstance(row.mixer, Attention) and row.mixer.shares is not None:
@@ -110,7 +120,7 @@ class Stopwatch:
         if isinstance(row.mixer, StateSpace):
             return StateCache(length=self.past)
         cache = LayerCache()
-        if isinstance(row.mixer, Attention) and row.mixer.shares is None:
+        if isinstance(row.mixer, Attention) and row.mixer.shares is None and self.past:
             cache.append(*self._ones(row.mixer, self.past))
         return cache
 
@@ -146,6 +156,17 @@ class Stopwatch:
         accelerator = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
         where = processor(), accelerator, torch.get_num_threads(), torch.__version__, self.spec.dtype
         return hashlib.sha256(repr((*where, self.tokens, self.past, self.cold_bytes)).encode()).hexdigest()[:16]
+
+
+def clock_for(budget: Budget, spec: StackSpec, folder: Path | str | None = "default") -> Clock | None:
+    """The clock that the budget's limits on time need, None where it has none."""
+    if budget.milliseconds is None and budget.prefill is None:
+        return None
+    decode = Stopwatch(spec, folder=folder)
+    if budget.prefill is None:
+        return decode
+    tokens = max(2, min(PROMPT, spec.context // 2))
+    return Clocks(decode, Stopwatch(spec, tokens, past=0, repeats=5, cold_bytes=PROMPT_BYTES, folder=folder))
 
 
 class _Nothing(nn.Module):

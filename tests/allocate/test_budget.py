@@ -8,7 +8,8 @@ import pytest
 from layerwise.allocate.budget import Budget, show
 from layerwise.errors import BadBudget
 
-ORIGINAL = {"bytes": 200e6, "parameters": 100e6, "layers": 30.0, "milliseconds": 50.0, "bits": 16.0}
+ORIGINAL = {"bytes": 200e6, "parameters": 100e6, "layers": 30.0, "milliseconds": 50.0, "bits": 16.0,
+            "prefill": 300.0}
 
 
 @pytest.mark.parametrize(("currency", "amount", "limit"), [
@@ -27,6 +28,8 @@ ORIGINAL = {"bytes": 200e6, "parameters": 100e6, "layers": 30.0, "milliseconds":
     ("milliseconds", 12.5, 12.5),
     ("milliseconds", "0.8ms", 0.8),
     ("milliseconds", "2x", 25),
+    ("prefill", "1.5x", 200),
+    ("prefill", "0.3s", 300),
     ("bits", 3.5, 3.5),
     ("bits", "3.5", 3.5),
     ("bits", "25%", 4),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from layerwise.allocate.cost import rest_cost, row_cost, table_cost, tables, totals
+from layerwise.allocate.cost import Clocks, rest_cost, row_cost, table_cost, tables, totals
 from layerwise.spec import Format, LayerSpec, Opaque, StackSpec
 from tests.allocate.tables import ROW, spec
 
@@ -44,6 +44,15 @@ def test_a_dense_bfloat16_model_has_16_bits() -> None:
 
 def test_a_dropped_layer_costs_nothing() -> None:
     assert set(row_cost(None, spec(), SlowClock()).values()) == {0.0}
+
+
+def test_a_clock_of_prefill_adds_a_currency() -> None:
+    both = Clocks(SlowClock(), SlowClock())
+    for tied in (True, False):
+        total = totals(spec(tied=tied), both)
+        assert total["prefill"] == total["milliseconds"] == 4 * 128 + 10
+    assert "prefill" not in totals(spec(), SlowClock())
+    assert "prefill" in row_cost(None, spec(), both)
 
 
 def test_the_table_that_makes_the_logits_takes_the_time() -> None:
