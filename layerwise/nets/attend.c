@@ -9,21 +9,6 @@
 
 enum { WIDEST = 512 };
 
-typedef struct {
-    int64_t tokens, heads, kv_heads, width, turning; /* of `width` channels the first `turning` rotate */
-    int64_t slots, block, window;                    /* of a pool, of a block, seen at most; window 0: all */
-    float scale, softcap;                            /* softcap 0: none */
-} Shape;
-
-typedef struct {
-    const int64_t *slot;  /* [tokens]: where the token's key goes in the pool */
-    const int64_t *row;   /* [tokens]: the sequence that it belongs to */
-    const int64_t *place; /* [tokens]: its place among the slots of its sequence */
-    const int64_t *first; /* [sequences]: the block that the first column of the table stands for */
-    const int64_t *table; /* [sequences, columns]: blocks of the pool */
-    int64_t columns;
-} Places;
-
 /* to = x turned by the angles of one token; x and to hold `width` numbers. */
 INLINE void turn(const Shape *a, const void *x, int64_t at, const void *cos, const void *sin, int64_t token, float *to,
                  int half) {
@@ -82,15 +67,15 @@ INLINE void head(const Shape *a, const Places *p, const float *q, const void *k,
     for (int64_t i = 0; i < width; i++) put(out, out_at + i, sum[i / LANES][i % LANES] / total, half);
 }
 
-INLINE int attend_in(const Shape *a, const Places *p, const void *qkv, const void *cos, const void *sin, void *k,
-                     void *v, void *out, int half, int threads) {
+INLINE int attend_in(const Shape *a, const Places *p, int64_t tokens, const void *qkv, const void *cos, const void *sin,
+                     void *k, void *v, void *out, int half, int threads) {
     const int64_t width = a->width, all = a->heads + 2 * a->kv_heads, group = a->heads / a->kv_heads;
     int64_t longest = 0;
-    for (int64_t t = 0; t < a->tokens; t++) longest = p->place[t] >= longest ? p->place[t] + 1 : longest;
-    const int64_t queries = a->tokens * a->heads * width;
+    for (int64_t t = 0; t < tokens; t++) longest = p->place[t] >= longest ? p->place[t] + 1 : longest;
+    const int64_t queries = tokens * a->heads * width;
     float *q = malloc((queries + threads * longest) * sizeof *q), turned[WIDEST];
     if (!q) return 1;
-    for (int64_t t = 0; t < a->tokens; t++) {
+    for (int64_t t = 0; t < tokens; t++) {
         for (int64_t h = 0; h < a->heads; h++)
             turn(a, qkv, (t * all + h) * width, cos, sin, t, q + (t * a->heads + h) * width, half);
         for (int64_t h = 0; h < a->kv_heads; h++) {
@@ -103,7 +88,7 @@ INLINE int attend_in(const Shape *a, const Places *p, const void *qkv, const voi
         }
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < a->tokens * a->heads; i++) {
+    for (int64_t i = 0; i < tokens * a->heads; i++) {
         float *logits = q + queries + omp_get_thread_num() * longest;
         const int64_t token = i / a->heads, kv_head = i % a->heads / group;
         if (width == 64) head(a, p, q + i * width, k, v, token, kv_head, logits, out, i * width, 64, half);
@@ -115,10 +100,8 @@ INLINE int attend_in(const Shape *a, const Places *p, const void *qkv, const voi
 
 /* qkv [tokens, heads + 2 kv_heads, width], where width is a multiple of 8 and at most 512; cos, sin [tokens, turning];
    k, v [kv_heads, slots, width]; out [tokens, heads, width]. Gives 0, or 1 where memory ran out. */
-int attend(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, int64_t turning, int64_t slots, int64_t block,
-           int64_t window, float scale, float softcap, const Places *p, const void *qkv, const void *cos,
-           const void *sin, void *k, void *v, void *out, int half, int threads) {
-    const Shape a = {tokens, heads, kv_heads, width, turning, slots, block, window, scale, softcap};
-    return half ? attend_in(&a, p, qkv, cos, sin, k, v, out, 1, threads)
-                : attend_in(&a, p, qkv, cos, sin, k, v, out, 0, threads);
+int attend(const Shape *a, const Places *p, int64_t tokens, const void *qkv, const void *cos, const void *sin, void *k,
+           void *v, void *out, int half, int threads) {
+    return half ? attend_in(a, p, tokens, qkv, cos, sin, k, v, out, 1, threads)
+                : attend_in(a, p, tokens, qkv, cos, sin, k, v, out, 0, threads);
 }

@@ -6,7 +6,7 @@ Shapes: N tokens, R sequences, M blocks of the longest, H query heads, K key hea
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -34,28 +34,46 @@ class Places:
         self.address = ctypes.addressof(self._struct)
 
 
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, c_int64) for name in ("heads", "kv_heads", "width", "turning", "slots", "block", "window")] + [
+        (name, c_float) for name in ("scale", "softcap")]
+
+
+class Pages:
+    """The pools of one layer, [K, S, D], and how its new tokens attend to them.
+
+    `rotation` holds cosines and signed sines as `Flow.rotation` gives them.
+    """
+
+    def __init__(self, a: Attention, k_KSD: Tensor, v_KSD: Tensor, places: Places, block: int,
+                 rotation: tuple[Tensor, Tensor] | None) -> None:
+        self._kept = k_KSD, v_KSD, places, rotation
+        turning = 0 if rotation is None else rotation[0].shape[-1]
+        self._shape = _Shape(a.heads, a.kv_heads, a.head_dim, turning, k_KSD.shape[1], block, a.window or 0,
+                             a.head_dim**-0.5 if a.scale is None else a.scale, a.softcap or 0.0)
+        self.shape, self.places = ctypes.addressof(self._shape), places.address
+        self.cos = None if rotation is None else rotation[0].data_ptr()
+        self.sin = None if rotation is None else rotation[1].data_ptr()
+        self.k, self.v = k_KSD.data_ptr(), v_KSD.data_ptr()
+        self.out = a.heads * a.head_dim
+
+
 def attends(a: Attention, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `attend` can do this attention."""
     return (device.type == "cpu" and dtype in DTYPES and a.head_dim % 8 == 0 and a.head_dim <= WIDEST and not a.qk_norm
             and library() is not None)
 
 
-def attend(a: Attention, qkv_NA: Tensor, rotation: tuple[Tensor, Tensor] | None, k_KSD: Tensor, v_KSD: Tensor,
-           places: Places, block: int) -> Tensor:
-    """What the tokens get from all slots they see, [N, H D], after their own keys and values went to the pools.
+def attend(qkv_NA: Tensor, pages: Pages) -> Tensor:
+    """What tokens get from all slots they see, [N, H D], after their own keys and values went to the pools.
 
-    `qkv_NA` holds heads of queries, keys and values, `rotation` cosines and signed sines as `Flow.rotation` gives them.
+    `qkv_NA` holds heads of queries, keys and values that are not rotated yet.
     """
     found = library()
     assert found is not None
     tokens, qkv_NA = len(qkv_NA), qkv_NA.contiguous()
-    out_ND = qkv_NA.new_empty(tokens, a.heads * a.head_dim)
-    cos, sin = (None, None) if rotation is None else rotation
-    turning = 0 if cos is None else cos.shape[-1]
-    if found.attend(tokens, a.heads, a.kv_heads, a.head_dim, turning, k_KSD.shape[1], block, a.window or 0,
-                    a.head_dim**-0.5 if a.scale is None else a.scale, a.softcap or 0.0, places.address,
-                    qkv_NA.data_ptr(), None if cos is None else cos.data_ptr(), None if sin is None else sin.data_ptr(),
-                    k_KSD.data_ptr(), v_KSD.data_ptr(), out_ND.data_ptr(), DTYPES[qkv_NA.dtype],
-                    torch.get_num_threads()):
+    out_ND = qkv_NA.new_empty(tokens, pages.out)
+    if found.attend(pages.shape, pages.places, tokens, qkv_NA.data_ptr(), pages.cos, pages.sin, pages.k, pages.v,
+                    out_ND.data_ptr(), DTYPES[qkv_NA.dtype], torch.get_num_threads()):
         raise MemoryError(f"no memory for the attention of {tokens} tokens")
     return out_ND

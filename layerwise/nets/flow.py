@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from layerwise.nets.attend import Pages
 from layerwise.nets.softmax import softmax_attention
 from layerwise.spec import Attention, Rope
 
@@ -115,11 +116,8 @@ class Flow:
             k_BKSD, v_BKSD = self._extended(layer, k_BKTD, v_BKTD)
         return softmax_attention(q_BHTD, k_BKSD, v_BKSD, self.mask(a.window), a)
 
-    def attend_at_once(self, a: Attention, layer: int, qkv_BTA: Tensor) -> Tensor | None:
-        """The same from heads of queries, keys and values that are not rotated yet, [B, T, H D].
-
-        None where the flow has no faster way than `attend`.
-        """
+    def pages(self, a: Attention, layer: int, dtype: torch.dtype) -> Pages | None:
+        """Where the layer's keys lie, for functions that attend to them there; None where `attend` is the way."""
         return None
 
     def _extended(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:

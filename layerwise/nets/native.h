@@ -63,3 +63,30 @@ INLINE floats exp_of(floats x) {
     const floats value = p * (floats)two_to;
     return (floats)(((ints)value & ~low & ~high) | (high & 0x7f800000));
 }
+
+typedef struct {
+    const uint8_t *codes;
+    const bf16 *scale, *zero; /* [outputs, inputs / group]; no zeros where the format is symmetric */
+    int64_t outputs, inputs, group, kind;
+} Matrix;
+
+typedef struct {
+    int64_t heads, kv_heads, width, turning; /* of `width` channels the first `turning` rotate */
+    int64_t slots, block, window;            /* of a pool, of a block, seen at most; window 0: all */
+    float scale, softcap;                    /* softcap 0: none */
+} Shape;
+
+typedef struct {
+    const int64_t *slot;  /* [tokens]: where the token's key goes in the pool */
+    const int64_t *row;   /* [tokens]: the sequence that it belongs to */
+    const int64_t *place; /* [tokens]: its place among the slots of its sequence */
+    const int64_t *first; /* [sequences]: the block that the first column of the table stands for */
+    const int64_t *table; /* [sequences, columns]: blocks of the pool */
+    int64_t columns;
+} Places;
+
+int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int half, int threads);
+void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half);
+void silu_times(const void *x, int64_t rows, int64_t width, void *y, int half);
+int attend(const Shape *a, const Places *p, int64_t tokens, const void *qkv, const void *cos, const void *sin, void *k,
+           void *v, void *out, int half, int threads);

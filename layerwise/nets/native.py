@@ -74,11 +74,16 @@ class NativeMatrix:
         """What a copy takes over: addresses are its own."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    @property
+    def address(self) -> int:
+        """Where the C structure of the matrix lies, as long as this object lives."""
+        return ctypes.addressof(self._struct)
+
     @cached_property
     def _call(self) -> tuple[Any, int, int]:
         found = library()
         assert found is not None
-        return found.packed_product, ctypes.addressof(self._struct), len(self.store)
+        return found.packed_product, self.address, len(self.store)
 
     def product(self, x_MI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """x w' + bias, [M, O] in the dtype of `x_MI`, float32 or bfloat16; `x_MI` may lack the padded inputs."""

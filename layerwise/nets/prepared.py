@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from layerwise.nets.attend import attend
 from layerwise.nets.attention import Attention
 from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.decoder import Block, Branch, shallow
@@ -26,13 +27,23 @@ from layerwise.nets.flow import Flow
 from layerwise.nets.native import NativeMatrix
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedLinear
+from layerwise.nets.step import Step
 from layerwise.nets.wide import Float16Linear, Narrow, WideRMSNorm
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class DirectBlock(Direct, Block):
-    """A block without hooks."""
+    """A block without hooks; `step`, where it has one, takes few tokens through all of it in one call."""
+
+    step: Step | None = None
+
+    def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
+        if self.step is not None and x_BTC.numel() <= self.step.most:
+            pages = flow.pages(self.step.attention, layer, x_BTC.dtype)
+            if pages is not None:
+                return self.step(x_BTC[0], pages)[None]
+        return super().forward(x_BTC, flow, layer)
 
 
 class DirectBranch(Direct, Branch):
@@ -47,8 +58,10 @@ class DirectAttention(Direct, Attention):
         if joined is None or self.spec.shares is not None:
             return super().forward(x_BTC, flow, layer)
         qkv_BTA = joined(x_BTC)
-        out_BTD = flow.attend_at_once(self.spec, layer, qkv_BTA)
-        if out_BTD is None:
+        pages = flow.pages(self.spec, layer, qkv_BTA.dtype)
+        if pages is not None:
+            out_BTD = attend(qkv_BTA[0], pages)[None]
+        else:
             both, v_BKTD = self._parted(qkv_BTA)
             out_BHTD = flow.attend(self.spec, layer, *self._turned(both, flow), v_BKTD)
             out_BTD = out_BHTD.transpose(1, 2).reshape(*x_BTC.shape[:2], -1)
@@ -66,7 +79,10 @@ def prepare(block: Block, wide: torch.dtype | None = None) -> Block:
     """
     new = shallow(block)
     new.attention, new.feed_forward = _branch(block.attention, wide), _branch(block.feed_forward, wide)
-    return _direct(new)
+    new = _direct(new)
+    if isinstance(new, DirectBlock):
+        new.step = Step.of(new)
+    return new
 
 
 def _direct(module: M) -> M:

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from layerwise.nets.attend import Places, attend, attends
+from layerwise.nets.attend import Pages, Places, attends
 from layerwise.nets.flow import Flow, Recurrence
 from layerwise.nets.softmax import few_queries, softmax_attention
 from layerwise.serve.placed import placed
@@ -203,18 +203,18 @@ class PagedFlow(Flow):
         out_NHD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out_NHD.transpose(0, 1)[None]
 
-    def attend_at_once(self, a: Attention, layer: int, qkv_BTA: Tensor) -> Tensor | None:
+    def pages(self, a: Attention, layer: int, dtype: torch.dtype) -> Pages | None:
         entry, pool = self.table.layers[layer], self.pools[layer]
-        if layer in self.watched or not self._few or type(pool) is not Pool or pool.k.dtype != qkv_BTA.dtype:
+        if layer in self.watched or not self._few or type(pool) is not Pool or pool.k.dtype != dtype:
             return None
         assert entry.group is not None
-        if not attends(a, qkv_BTA.dtype, qkv_BTA.device):
+        if not attends(a, dtype, self.positions_BT.device):
             return None
         places = self._places.get(entry.group)
         if places is None:
             places = self._places[entry.group] = self._placed(entry.group)
         rotation = None if a.rope is None else self.rotation(a.rope, int(a.head_dim * a.rope.part))
-        return attend(a, qkv_BTA[0], rotation, pool.k, pool.v, places, self.block)[None]
+        return Pages(a, pool.k, pool.v, places, self.block, rotation)
 
     @cached_property
     def _few(self) -> bool:

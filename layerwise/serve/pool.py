@@ -9,9 +9,9 @@ Shapes: N tokens, R rows, M blocks of a row, S slots, K key heads, D head width.
 from __future__ import annotations
 
 import math
+import mmap
 from abc import abstractmethod
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,4 +149,6 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """Zeros that, on a CPU, take memory only where they are written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, max(1, size), access=mmap.ACCESS_COPY)  # numpy's zeros come in pages of 2 MB, one a head
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size).view(dtype).view(shape)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
+from layerwise.io.pages import let_go
 from layerwise.nets.decoder import Block
 from layerwise.nets.direct import LaidOutLinear, PrepackedLinear
 from layerwise.nets.native import NativeMatrix
@@ -21,7 +23,8 @@ def prepared(stack: DecoderStack) -> DecoderStack:
     """A stack that computes the same from weights laid out anew; one that is streamed from disk is left as it is.
 
     Where the processor has no instructions for the weights' dtype, the new stack computes in float32, and so its spec
-    says. Blocks that are swapped in count, hooks do not. While `stack` lives as well, weights are held twice.
+    says. Blocks that are swapped in count, hooks do not. Memory of mapped files is let go as they are laid out; other
+    weights are held twice while `stack` lives as well.
     """
     if stack.streamed:
         return stack
@@ -29,7 +32,7 @@ def prepared(stack: DecoderStack) -> DecoderStack:
     wide = stack.dtype if may_widen(stack.device, stack.dtype) and all(map(widens, blocks)) else None
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # laying out is work for one thread
         head = pool.submit(_head, stack, wide)
-        laid_out = list(pool.map(lambda block: prepare(block, wide) if isinstance(block, Block) else block, blocks))
+        laid_out = list(pool.map(partial(_laid_out, wide=wide), blocks))
     spec, embedding = stack.spec, None
     if wide is not None:
         scale = float(torch.tensor(spec.embedding_scale, dtype=wide))
@@ -38,6 +41,16 @@ def prepared(stack: DecoderStack) -> DecoderStack:
     fast.decoder.norm = prepare_norm(stack.decoder.norm, wide)
     fast.folder = stack.folder
     return fast
+
+
+def _laid_out(block: nn.Module, wide: torch.dtype | None) -> nn.Module:
+    """The block laid out; memory of mapped files that only the block it stands for still needs is let go."""
+    if not isinstance(block, Block):
+        return block
+    new = prepare(block, wide)
+    kept = {tensor.data_ptr() for tensor in (*new.parameters(), *new.buffers())}
+    let_go(tensor for tensor in (*block.parameters(), *block.buffers()) if tensor.data_ptr() not in kept)
+    return new
 
 
 def _head(stack: DecoderStack, wide: torch.dtype | None) -> nn.Module | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.nets.attend import Places, attend, attends
+from layerwise.nets.attend import Pages, Places, attend, attends
 from layerwise.nets.attention import rotate
 from layerwise.nets.compiled import library
 from layerwise.nets.flow import Flow
@@ -57,7 +57,7 @@ class World:
         places = Places(*map(torch.tensor, (new, self.row, self.places, firsts, table)))
         a = self.a
         rotation = None if a.rope is None else self.flow.rotation(a.rope, int(a.head_dim * a.rope.part))
-        return attend(a, self.qkv, rotation, self.k, self.v, places, BLOCK)
+        return attend(self.qkv, Pages(a, self.k, self.v, places, BLOCK, rotation))
 
     def expected(self, first: int = 0) -> Tensor:
         a = self.a

@@ -38,9 +38,13 @@ def matrix(of: PackedLinear) -> NativeMatrix:
     return found
 
 
-def near(found: Tensor, exact: Tensor, x: Tensor, dense: Tensor, bits: int = 15) -> None:
+HALF_STEP = 1 / 1014
+"""Of x in 10 bits, as nibbles are multiplied with, by the largest number of its group."""
+
+
+def near(found: Tensor, exact: Tensor, x: Tensor, dense: Tensor, half_step: float = HALF_STEP) -> None:
     """The error of x is at most half a step of its fixed point, taken by the magnitude of the weights."""
-    bound = x.double().abs().amax() * dense.abs().sum(1) * 2.0**-bits
+    bound = x.double().abs().amax() * dense.abs().sum(1) * half_step
     assert ((found.double() - exact).abs() <= bound + 2.0**-20 * exact.abs()).all()
 
 
@@ -49,7 +53,7 @@ def near(found: Tensor, exact: Tensor, x: Tensor, dense: Tensor, bits: int = 15)
 def test_products_are_those_of_float64(format: Format, rows: int) -> None:
     of, x = layer(format), torch.randn(rows, 192, generator=torch.Generator().manual_seed(1))
     dense = of.dense(torch.float64)
-    near(matrix(of).product(x), x.double() @ dense.T, x, dense)
+    near(matrix(of).product(x), x.double() @ dense.T, x, dense, HALF_STEP if format.bits <= 4 else 2.0**-16)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -80,7 +84,7 @@ def test_bias_and_bfloat16() -> None:
     exact = x.double() @ dense.T + of.bias.double()
     found = matrix(of).product(x, of.bias)
     assert found.dtype == torch.bfloat16
-    bound = 2.0**-8 * exact.abs() + 2.0**-15 * x.double().abs().amax() * dense.abs().sum(1)
+    bound = 2.0**-8 * exact.abs() + HALF_STEP * x.double().abs().amax() * dense.abs().sum(1)
     assert ((found.double() - exact).abs() <= bound).all()
 
 
@@ -119,13 +123,14 @@ def test_tiny_and_huge_numbers(exponent: int) -> None:
         assert matrix(of).product(x).abs().max() < 1e-20
 
 
-def test_largest_sums_do_not_overflow() -> None:
-    """All codes at their largest and x at one value: every 16-bit product has the same sign."""
-    format = Format(8, 0)
-    codes = torch.full((4, 8192), 255, dtype=torch.uint8)
-    of = PackedLinear.from_codes(codes, torch.ones(4, 1), torch.zeros(4, 1), format)
-    found = matrix(of).product(torch.full((1, 8192), 3.0))
-    torch.testing.assert_close(found, torch.full((1, 4), 3.0 * 127 * 8192), rtol=1e-5, atol=0)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_sums_do_not_overflow(bits: int, sign: int) -> None:
+    """All codes at their largest and x at one value: every product has the same sign."""
+    codes = torch.full((4, 8192), 2**bits - 1, dtype=torch.uint8)
+    of = PackedLinear.from_codes(codes, torch.ones(4, 1), torch.zeros(4, 1), Format(bits, 0))
+    found = matrix(of).product(torch.full((1, 8192), sign * 3.0))
+    torch.testing.assert_close(found, torch.full((1, 4), sign * 3.0 * (2 ** (bits - 1) - 1) * 8192), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

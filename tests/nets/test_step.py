@@ -1,0 +1,88 @@
+"""A packed block in one call gives what its parts give."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import layerwise as lw
+from layerwise.nets.compiled import library
+from layerwise.nets.prepared import DirectBlock
+from layerwise.serve.request import Params
+from layerwise.spec import Attention, FeedForward, LayerSpec
+from layerwise.stack.decoder import DecoderStack
+from layerwise.testing.stacks import random_stack
+from layerwise.transform.quantize import Quantize
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler with OpenMP")
+
+PLAIN = LayerSpec(Attention(heads=4, kv_heads=2, head_dim=16), FeedForward(width=96))
+PROMPTS = [[5, 17, 3], list(range(1, 30)), [9] * 12]
+GREEDY = Params(max_tokens=12, temperature=0.0, logprobs=2, stop_ids=())
+
+
+def packed(row: LayerSpec = PLAIN, dtype: str = "float32", **options: object) -> DecoderStack:
+    stack, change = random_stack(3, row=row, dtype=dtype), Quantize(4, group=32, **options)  # type: ignore[arg-type]
+    rows, blocks = [], []
+    for layer in range(3):
+        rows.append(change.edit(stack.spec.rows[layer], 64))
+        block = change.apply(stack.block(layer), stack.spec.rows[layer])  # type: ignore[arg-type]
+        assert block is not None
+        blocks.append(block)
+    return stack.rebuilt(stack.spec.with_rows(dict(enumerate(rows))), blocks)
+
+
+def steps(engine: lw.Engine) -> list[bool]:
+    blocks = [engine.stack.block(layer) for layer in range(3)]
+    return [isinstance(block, DirectBlock) and block.step is not None for block in blocks]
+
+
+@pytest.mark.parametrize("row", [
+    PLAIN, LayerSpec(Attention(4, 2, 16, qkv_bias=True, out_bias=True), FeedForward(96)),
+    replace(PLAIN, mixer=Attention(4, 4, 16, window=6))], ids=["plain", "biases", "window"])
+def test_tokens_are_those_of_the_parts(row: LayerSpec) -> None:
+    stack = packed(row)
+    whole, parts = lw.Engine(stack, cache_tokens=512), lw.Engine(stack, cache_tokens=512, prepare=False)
+    assert all(steps(whole)) and not any(steps(parts))
+    for found, expected in zip(whole.generate(PROMPTS, GREEDY), parts.generate(PROMPTS, GREEDY), strict=True):
+        assert found.tokens == expected.tokens
+        assert found.logprobs is not None and expected.logprobs is not None
+        for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=2e-2)
+
+
+def test_half_precision() -> None:
+    engine = lw.Engine(packed(dtype="bfloat16"), cache_tokens=512)
+    assert all(steps(engine))
+    assert all(len(done.tokens) == 12 for done in engine.generate(PROMPTS, GREEDY))
+
+
+@pytest.mark.parametrize("row", [
+    replace(PLAIN, post_norm=True), replace(PLAIN, feed_forward=FeedForward(96, activation="gelu")),
+    replace(PLAIN, feed_forward=FeedForward(96, bias=True)), replace(PLAIN, mixer=Attention(4, 2, 16, qk_norm=True))],
+    ids=["post norm", "gelu", "biases", "norm of queries"])
+def test_other_blocks_go_part_by_part(row: LayerSpec) -> None:
+    stack = packed(row)
+    engine, plain = lw.Engine(stack, cache_tokens=512), lw.Engine(stack, cache_tokens=512, prepare=False)
+    assert [done.tokens for done in engine.generate(PROMPTS, GREEDY)] == [
+        done.tokens for done in plain.generate(PROMPTS, GREEDY)]
+
+
+def test_blocks_of_which_only_a_part_is_packed() -> None:
+    assert not any(steps(lw.Engine(packed(matrices=("q", "k", "v")), cache_tokens=512)))
+
+
+@torch.inference_mode()
+def test_what_is_not_finite_stays_in_its_sequence() -> None:
+    """Keys that are no numbers, left by one request, are never read for another."""
+    engine = lw.Engine(packed(), cache_tokens=512)
+    alone = engine.generate([PROMPTS[1]], GREEDY)[0].tokens
+    for pool in engine.runner.pools:
+        assert pool is not None
+        for store in pool._stores():  # type: ignore[union-attr]
+            store.fill_(float("nan"))
+    fresh = lw.Engine(packed(), cache_tokens=512)
+    fresh.runner.pools = engine.runner.pools
+    assert fresh.generate([PROMPTS[1]], GREEDY)[0].tokens == alone
