@@ -10,7 +10,10 @@ typedef struct {
 } Block;
 
 static void add(const void *x, const void *y, int64_t count, void *to, int half) {
-    for (int64_t i = 0; i < count; i++) put(to, i, get(x, i, half) + get(y, i, half), half);
+    if (half)
+        for (int64_t i = 0; i < count; i++) put(to, i, get(x, i, 1) + get(y, i, 1), 1);
+    else
+        for (int64_t i = 0; i < count; i++) put(to, i, get(x, i, 0) + get(y, i, 0), 0);
 }
 
 /* x, y [tokens, hidden]; the rest as in `attend`. Gives 0, or 1 where memory ran out. */

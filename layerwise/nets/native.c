@@ -195,7 +195,7 @@ int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bi
             const int64_t at = m * whole + g;
             fix_group(wide, w->group, w->kind, fixed + m * inputs + g * w->group, step + at, sum + at);
         }
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 32)
     for (int64_t o = 0; o < outputs; o++)
         for (int64_t m = 0; m < rows; m += MOST_ROWS) {
             const int some = rows - m < MOST_ROWS ? (int)(rows - m) : MOST_ROWS;
@@ -208,25 +208,30 @@ int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bi
     return 0;
 }
 
-/* y = x / sqrt(mean(x^2) + eps) * weight, in float32; x, y [rows, width]. */
-void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half) {
+INLINE void norm_in(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half) {
     for (int64_t m = 0; m < rows; m++) {
-        float squares[CHUNK] = {0}, sum = 0;
+        const int64_t row = m * width;
+        floats squares[2] = {{0}};
         int64_t i = 0;
-        for (; i + CHUNK <= width; i += CHUNK)
-            for (int j = 0; j < CHUNK; j++) {
-                const float value = get(x, m * width + i + j, half);
-                squares[j] += value * value;
+        for (; i + 2 * LANES <= width; i += 2 * LANES)
+            for (int j = 0; j < 2; j++) {
+                const floats four = get_four(x, row + i + LANES * j, half);
+                squares[j] += four * four;
             }
-        for (; i < width; i++) sum += get(x, m * width + i, half) * get(x, m * width + i, half);
-        for (int j = 0; j < CHUNK; j++) sum += squares[j];
+        float sum = sum_of(squares[0] + squares[1]);
+        for (; i < width; i++) sum += get(x, row + i, half) * get(x, row + i, half);
         const float inverse = 1 / sqrtf(sum / (float)width + eps);
-        for (i = 0; i < width; i++) put(y, m * width + i, get(x, m * width + i, half) * inverse * weight[i], half);
+        for (i = 0; i < width; i++) put(y, row + i, get(x, row + i, half) * inverse * weight[i], half);
     }
 }
 
-/* y = silu(gate) * up; x holds gate and then up in every row, [rows, 2 * width]. */
-void silu_times(const void *x, int64_t rows, int64_t width, void *y, int half) {
+/* y = x / sqrt(mean(x^2) + eps) * weight, in float32; x, y [rows, width]. */
+void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half) {
+    if (half) norm_in(x, weight, rows, width, eps, y, 1);
+    else norm_in(x, weight, rows, width, eps, y, 0);
+}
+
+INLINE void gate_in(const void *x, int64_t rows, int64_t width, void *y, int half) {
     for (int64_t m = 0; m < rows; m++)
         for (int64_t i = 0; i < width; i += LANES) {
             const int64_t gate = 2 * m * width + i, up = gate + width, count = width - i < LANES ? width - i : LANES;
@@ -234,7 +239,13 @@ void silu_times(const void *x, int64_t rows, int64_t width, void *y, int half) {
             if (count == LANES) g = get_four(x, gate, half), u = get_four(x, up, half);
             else
                 for (int j = 0; j < count; j++) g[j] = get(x, gate + j, half), u[j] = get(x, up + j, half);
-            const floats y4 = g / (1.0f + exp_of(-g)) * u;
-            for (int j = 0; j < count; j++) put(y, m * width + i + j, y4[j], half);
+            const floats product = g / (1.0f + exp_of(-g)) * u;
+            for (int j = 0; j < count; j++) put(y, m * width + i + j, product[j], half);
         }
+}
+
+/* y = silu(gate) * up; x holds gate and then up in every row, [rows, 2 * width]. */
+void silu_times(const void *x, int64_t rows, int64_t width, void *y, int half) {
+    if (half) gate_in(x, rows, width, y, 1);
+    else gate_in(x, rows, width, y, 0);
 }
