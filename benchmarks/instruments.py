@@ -1,4 +1,7 @@
-"""What measuring costs beside a plain forward pass, and sweeps beside the naive loop that starts over each time."""
+"""What measuring costs beside a plain forward pass, and sweeps beside the naive loop that starts over each time.
+
+`python -m benchmarks.instruments`; also rows of `benchmarks.spine`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 import layerwise as lw
-from benchmarks.common import Row, interleaved
+from benchmarks.common import Row, interleaved, machine, table
 from layerwise.measure import INSTRUMENTS
 from layerwise.measure.base import Forward, Intervention
 from layerwise.measure.leave_one_out import LeaveOneOut
@@ -71,3 +74,7 @@ def _naive(stack: Stack, tokens_BT: torch.Tensor, instrument: Intervention) -> N
 def _from_the_start(stack: Stack, tokens_BT: torch.Tensor) -> None:
     state = stack.run(stack.start(tokens_BT))
     stack.finish(state.moved(state.hidden[:, -HEAD:], state.layer)).float().log_softmax(-1)
+
+
+if __name__ == "__main__":
+    print(f"Machine: {machine()}.\n\n{table(rows())}")

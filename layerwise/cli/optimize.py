@@ -26,6 +26,10 @@ Milliseconds = Annotated[
     typer.Option("--decode", "--milliseconds",
                  help="Time to decode one token here, such as 12ms, 50%, or 2.5x for as many times faster."),
 ]
+Prefill = Annotated[
+    Amount,
+    typer.Option("--prefill", help="Time to read a prompt of 256 tokens here, such as 900ms, 50%, or 1.5x as fast."),
+]
 Bits = Annotated[Amount, typer.Option("--bits", help="Stored bits per parameter, such as 5.5.")]
 SolverName = Annotated[
     str | None,
@@ -47,6 +51,7 @@ def optimize(
     parameters: Parameters = None,
     layers: Layers = None,
     milliseconds: Milliseconds = None,
+    prefill: Prefill = None,
     bits: Bits = None,
     solver: SolverName = None,
     only: Only = "",
@@ -77,6 +82,7 @@ def optimize(
         "parameters": parameters,
         "layers": layers,
         "milliseconds": milliseconds,
+        "prefill": prefill,
         "bits": bits,
     }
     budget = Budget(**limits)

@@ -102,7 +102,7 @@ def defaults_for(budget: Budget, spec: StackSpec, hard: bool = False) -> list[Al
     everywhere do not fit, or where the budget is known to be `hard`, as one of milliseconds may be.
     """
     currencies = set(budget.given())
-    labels = useful_formats(budget, spec) if currencies & {"bytes", "bits", "milliseconds"} else []
+    labels = useful_formats(budget, spec) if currencies & {"bytes", "bits", "milliseconds", "prefill"} else []
     fits = _size_at(4, spec) <= _allowed(budget, spec)
     mild = labels and fits and not hard and not currencies & {"parameters", "layers"}
     if mild:
@@ -152,7 +152,7 @@ def useful_formats(budget: Budget, spec: StackSpec) -> list[str]:
 
 def _allowed(budget: Budget, spec: StackSpec) -> float:
     """Bytes that the budget leaves, infinite where it limits none."""
-    limits = budget.limits({**totals(spec), "milliseconds": math.inf})
+    limits = budget.limits({**totals(spec), "milliseconds": math.inf, "prefill": math.inf})
     return min(limits.get("bytes", math.inf), limits.get("bits", math.inf) * spec.parameters() / 8)
 
 

@@ -11,7 +11,7 @@ from layerwise.allocate.budget import Budget
 from layerwise.allocate.losses import Alternative
 from layerwise.allocate.plan import Plan
 from layerwise.allocate.solvers import SOLVERS
-from layerwise.allocate.stopwatch import Stopwatch
+from layerwise.allocate.stopwatch import clock_for
 from layerwise.data.text import TextData, text_blocks
 from layerwise.errors import BadData, BadModel
 from layerwise.measure.engine import measure
@@ -86,7 +86,7 @@ def optimize(
     duration = Duration.parse(heal) if heal else None
     stack = opened(source, tell)
     run.note("model fingerprint", identity(stack))
-    decide = asked(budget, stack.spec, only, seed, Stopwatch(stack.spec) if budget.milliseconds else None)
+    decide = asked(budget, stack.spec, only, seed, clock_for(budget, stack.spec))
     calibration, trial = parted(calibration_text(stack, data, seed))
     shown = calibrated(decide.alternatives, stack.spec, calibration.tokens_NT.numel(), only)
     if len(shown) < len(decide.alternatives):

@@ -54,6 +54,7 @@ def test_formats_follow_the_budget(before_spec: StackSpec) -> None:
     assert widths(Budget(bits=5.0), before_spec) == {8, 6, 5, 4, 3, 2}
     assert widths(Budget(bytes="5%"), before_spec) == {8, 6, 5, 4, 3, 2}
     assert widths(Budget(milliseconds=3), before_spec) == {8, 6, 5, 4, 3, 2}
+    assert widths(Budget(prefill="1.5x"), before_spec) == {8, 6, 5, 4, 3, 2}
 
 
 def test_layers_are_dropped_only_where_that_helps(before_spec: StackSpec) -> None:
