@@ -1,8 +1,9 @@
-"""The one backward that all gradient instruments share, layer by layer from the top.
+"""The backwards that gradient instruments share, layer by layer from the top: one for weights, one for states.
 
 Every layer's input is kept from one forward pass; going down, a layer runs again with gradients on, for all
 batches, and its gradients are summed in float32 with their signs. So gradients of one layer are in memory at
-a time, whatever the size of the model; the kept inputs take tokens x hidden x layers. In a module that is no decoder
+a time, whatever the size of the model; the kept inputs take tokens x hidden x layers, for the gradients of states only
+those of one batch. In a module that is no decoder
 the loss is that of the labels; what reaches later layers by another way than the hidden tensor is left out.
 
 Shapes: B rows, T tokens, C hidden width, P positions.
@@ -18,18 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.errors import BadData, BadModel, BadOption
-from layerwise.measure.base import Gradient
+from layerwise.measure.base import StateGradient, WeightGradient
 from layerwise.measure.ending import CHUNK
 from layerwise.measure.inputs import Input, Inputs
 from layerwise.measure.module_walk import check_classes
 from layerwise.measure.progress import Progress
 from layerwise.measure.sample import predicted
 from layerwise.measure.scores import Column
+from layerwise.measure.seen import Seen, Vectors, fitting
+from layerwise.measure.tally import Means
 from layerwise.nets.packed import PackedMatrix
 from layerwise.stack.base import Stack, State, first_tensor
 
 
-def backward_pass(stack: Stack, inputs: Inputs, instruments: Sequence[Gradient],
+def backward_pass(stack: Stack, inputs: Inputs, instruments: Sequence[WeightGradient],
                   progress: Progress) -> list[tuple[Column, ...]]:
     """The columns of every instrument, from the gradient of the mean loss of next tokens, or of labels.
 
@@ -49,6 +52,33 @@ def backward_pass(stack: Stack, inputs: Inputs, instruments: Sequence[Gradient],
             value.append(instrument.of(weights, gradients))
     return [(instrument.column("", reversed(value)),)
             for instrument, value in zip(instruments, values, strict=True)]
+
+
+def state_pass(stack: Stack, inputs: Inputs, instruments: Sequence[StateGradient], progress: Progress) -> list[Means]:
+    """The tallies of every instrument, from the gradients of the loss summed over a batch; batches come one by one.
+
+    Raises what `backward_pass` raises.
+    """
+    tallies = [instrument.start(stack.spec) for instrument in instruments]
+    count = 0
+    for batch, item in enumerate(inputs):
+        trail = _trail(stack, item, progress)
+        count += _places(item).numel()
+        arriving = _loss_gradient(stack, item, trail[-1], 1)
+        for layer in reversed(range(len(stack))):
+            states = {"input": trail[layer].hidden, "output": trail[layer + 1].hidden, "gradient": arriving}
+            sites = {name: Vectors(hidden) for name, hidden in states.items()}
+            seen = Seen(sites, fitting(item.mask_BT, sites["output"]))
+            for instrument, tally in zip(instruments, tallies, strict=True):
+                instrument.update(tally, layer, seen)
+            if layer:
+                _check_dense(stack.block(layer), layer)
+                arriving = _below(stack, layer, trail[layer], arriving, [])[0]
+                _check_finite(arriving, layer, batch)
+            progress.step(2)
+    if not count:
+        raise BadData("texts of one token", expected="at least two tokens in a row", do="give longer texts")
+    return tallies
 
 
 def _trail(stack: Stack, item: Input, progress: Progress) -> list[State]:
@@ -94,28 +124,39 @@ def _layer(stack: Stack, layer: int, trails: list[list[State]], arriving: list[T
            progress: Progress) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Weights of a layer and their gradients over all batches; `arriving` moves to below the layer."""
     block = stack.block(layer)
-    if any(isinstance(module, PackedMatrix) for module in block.modules()):
-        raise BadOption(f"gradients of layer {layer}, whose matrices are packed integers",
-                        expected="dense weights", do="measure the model before it is quantized")
+    _check_dense(block, layer)
     with _learning(block) as weights:
         sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
         for batch, trail in enumerate(trails):
-            state = trail[layer]
-            with torch.enable_grad():
-                x_BTC = state.hidden.detach().requires_grad_()
-                y_BTC = stack.run(state.moved(x_BTC, layer), slice(layer, layer + 1)).hidden
-                found = torch.autograd.grad(y_BTC, [x_BTC, *weights.values()], arriving[batch],
-                                            allow_unused=True)
-            arriving[batch] = found[0] if found[0] is not None else torch.zeros_like(x_BTC)
-            for name, gradient in zip(sums, found[1:], strict=True):
+            arriving[batch], found = _below(stack, layer, trail[layer], arriving[batch], list(weights.values()))
+            for name, gradient in zip(sums, found, strict=True):
                 if gradient is not None:
                     sums[name] += gradient.float()
-            if not bool(torch.isfinite(arriving[batch].sum(dtype=torch.float32))):
-                raise BadModel(f"gradients below layer {layer} are NaN or infinite, first in batch {batch}",
-                               expected="finite gradients",
-                               do="compute in float32: open(..., dtype='float32')")
+            _check_finite(arriving[batch], layer, batch)
             progress.step(2)
         return {name: weight.detach() for name, weight in weights.items()}, sums
+
+
+def _below(stack: Stack, layer: int, state: State, arriving: Tensor,
+           weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The gradient that enters a layer from below, and those of `weights`, from the one `arriving` above it."""
+    with torch.enable_grad():
+        x_BTC = state.hidden.detach().requires_grad_()
+        y_BTC = stack.run(state.moved(x_BTC, layer), slice(layer, layer + 1)).hidden
+        first, *others = torch.autograd.grad(y_BTC, [x_BTC, *weights], arriving, allow_unused=True)
+    return torch.zeros_like(x_BTC) if first is None else first, others
+
+
+def _check_dense(block: nn.Module, layer: int) -> None:
+    if any(isinstance(module, PackedMatrix) for module in block.modules()):
+        raise BadOption(f"gradients of layer {layer}, whose matrices are packed integers",
+                        expected="dense weights", do="measure the model before it is quantized")
+
+
+def _check_finite(gradient: Tensor, layer: int, batch: int) -> None:
+    if not bool(torch.isfinite(gradient.sum(dtype=torch.float32))):
+        raise BadModel(f"gradients below layer {layer} are NaN or infinite, first in batch {batch}",
+                       expected="finite gradients", do="compute in float32: open(..., dtype='float32')")
 
 
 @contextmanager

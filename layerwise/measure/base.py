@@ -3,7 +3,8 @@
     Forward        reduces activations as they stream by; all of them share one pass
     PerLayer       reads one layer's row and weights; needs no data
     Reading        reads one layer's weights beside the states that enter it; all of them share one walk
-    Gradient       reads weights beside the gradient of the loss; all of them share one backward
+    Gradient       reads weights, or states, beside the gradient of the loss; all of a kind share one backward
+    Walk           walks the data by itself, for what no shared pass can show
     Intervention   tries alternatives for a layer and compares the model's output
 
 Parameters (the instrument), running state (a tally) and results (columns) are three objects: nothing that is
@@ -23,6 +24,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from torch import Tensor, nn
 
 from layerwise.measure.ending import Ending
+from layerwise.measure.inputs import Inputs
+from layerwise.measure.progress import Progress
 from layerwise.measure.scores import Column, Direction
 from layerwise.measure.seen import Seen
 from layerwise.measure.tally import Means
@@ -103,8 +106,12 @@ class Forward(Instrument, Generic[T]):
         """The columns."""
 
 
-class TokenMean(Forward[Means]):
-    """A forward instrument that is the mean of values per token, taken over real tokens in float64."""
+class Averaged(Instrument):
+    """The mean of values per token, taken over real tokens in float64; its tally is a sum and a count."""
+
+    @property
+    def reach(self) -> int:
+        return 0
 
     @abstractmethod
     def values(self, seen: Seen) -> Mapping[str, Tensor]:
@@ -123,6 +130,10 @@ class TokenMean(Forward[Means]):
 
     def finish(self, tally: Means) -> tuple[Column, ...]:
         return tuple(self.column(part, tally.mean(part)) for part in self.parts)
+
+
+class TokenMean(Averaged, Forward[Means]):
+    """A forward instrument that is a mean over tokens."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +173,35 @@ class Reading(Instrument):
 
 
 class Gradient(Instrument):
-    """Compares weights with the gradient of the mean loss over all data: of next tokens, or for a module of labels."""
+    """Looks at the gradient of the loss: of next tokens, or for a module of labels."""
 
     needs: ClassVar[Needs] = "labels"
+
+
+class StateGradient(Averaged, Gradient):
+    """The mean over tokens of what is read off a layer's states beside the gradient of the loss summed over the batch.
+
+    Sites are "input", "output" and "gradient", that of the output. No row changes another's gradient, so tallies merge.
+    """
+
+
+class WeightGradient(Gradient):
+    """Compares weights with the gradient of the mean loss over all data."""
 
     @abstractmethod
     def of(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
         """The value of one layer; `gradients` are float32, summed over batches with their signs."""
+
+
+class Walk(Instrument):
+    """Walks all data through a decoder by itself, where later layers must be known before earlier ones are judged."""
+
+    @abstractmethod
+    def walk(self, stack: Stack, inputs: Inputs, seed: int, progress: Progress) -> tuple[Column, ...]:
+        """The columns; `seed` draws positions, `progress` counts two runs of every layer a batch.
+
+        Raises BadModel where the output is NaN or infinite.
+        """
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,18 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadData, BadModel, BadOption, LayerwiseError
 from layerwise.measure import INSTRUMENTS, backward, reading, sweep
-from layerwise.measure.base import Call, Forward, Gradient, Instrument, Intervention, PerLayer, Reading
+from layerwise.measure.base import (
+    Call,
+    Forward,
+    Gradient,
+    Instrument,
+    Intervention,
+    PerLayer,
+    Reading,
+    StateGradient,
+    Walk,
+    WeightGradient,
+)
 from layerwise.measure.forward import Pass, forward_pass
 from layerwise.measure.identity import identity
 from layerwise.measure.inputs import Input, Inputs, fingerprint
@@ -118,16 +129,18 @@ class _Job:
     def __post_init__(self) -> None:
         self.forward: list[Forward[Any]] = [i for i in self.chosen if isinstance(i, Forward)]
         self.per_layer = [i for i in self.chosen if isinstance(i, PerLayer)]
-        self.gradient = [i for i in self.chosen if isinstance(i, Gradient)]
+        self.gradient = [i for i in self.chosen if isinstance(i, WeightGradient)]
+        self.attribution = [i for i in self.chosen if isinstance(i, StateGradient)]
+        self.walking = [i for i in self.chosen if isinstance(i, Walk)]
         self.reading = [i for i in self.chosen if isinstance(i, Reading)]
         self.trying = [i for i in self.chosen if isinstance(i, Intervention)]
 
     def steps(self) -> int:
         """Layer runs of everything, for the progress bar."""
         batches = 1 if self.inputs is None else len(self.inputs)
-        passes = len(self.stack) * (bool(self.forward) + 3 * bool(self.gradient))
+        runs = bool(self.forward) + 3 * bool(self.gradient) + 3 * bool(self.attribution) + 2 * len(self.walking)
         once = len(self.stack) * (bool(self.reading) + bool(self.per_layer))
-        return batches * passes + once + sweep.cost(self.stack, self.trying)
+        return batches * len(self.stack) * runs + once + sweep.cost(self.stack, self.trying)
 
     def run(self, bar: Progress) -> dict[Instrument, tuple[Column, ...]]:
         made = self._layers(bar)
@@ -136,24 +149,38 @@ class _Job:
                 with enough_memory(self.stack, "taking gradients", _named(self.gradient)):
                     columns = backward.backward_pass(self.stack, self.inputs, self.gradient, bar)
                 made |= dict(zip(self.gradient, columns, strict=True))
+            if self.attribution:
+                with enough_memory(self.stack, "taking gradients", _named(self.attribution)):
+                    tallies = backward.state_pass(self.stack, self.inputs, self.attribution, bar)
+                made |= {i: i.finish(tally) for i, tally in zip(self.attribution, tallies, strict=True)}
             if self.reading:
                 journals = [self.journals[instrument] for instrument in self.reading]
                 with enough_memory(self.stack, "reading matrices", _named(self.reading)):
                     columns = reading.read(self.stack, self.inputs, self.reading, journals, bar)
                 made |= dict(zip(self.reading, columns, strict=True))
+            for walking in self.walking:
+                made[walking] = self._walked(walking, self.inputs, bar)
             if self.trying:
                 made |= dict(zip(self.trying, self._tried(self.inputs, bar), strict=True))
         return made
 
     def _tried(self, inputs: Inputs, bar: Progress) -> list[tuple[Column, ...]]:
-        """The sweep; where the original is broken, another pass says in which layer."""
         journals = [self.journals[instrument] for instrument in self.trying]
-        with enough_memory(self.stack, "trying alternatives", _named(self.trying)):
-            try:
-                return sweep.sweep(self.stack, inputs, self.trying, journals, seed=self.seed, progress=bar)
-            except BadModel:
-                forward_pass(inputs, Pass(self.stack, [], [], bar))
-                raise
+        with enough_memory(self.stack, "trying alternatives", _named(self.trying)), self._located(inputs, bar):
+            return sweep.sweep(self.stack, inputs, self.trying, journals, seed=self.seed, progress=bar)
+
+    def _walked(self, instrument: Walk, inputs: Inputs, bar: Progress) -> tuple[Column, ...]:
+        with enough_memory(self.stack, "walking the layers", repr(instrument.name)), self._located(inputs, bar):
+            return instrument.walk(self.stack, inputs, self.seed, bar)
+
+    @contextmanager
+    def _located(self, inputs: Inputs, bar: Progress) -> Iterator[None]:
+        """Where the model's output is found broken, another pass says in which layer it breaks."""
+        try:
+            yield
+        except BadModel:
+            forward_pass(inputs, Pass(self.stack, [], [], bar))
+            raise
 
     def _layers(self, bar: Progress) -> dict[Instrument, tuple[Column, ...]]:
         """The forward pass, and what reads one layer at a time, in one reading of a streamed model."""
@@ -216,7 +243,8 @@ def _check_model(stack: Stack, chosen: Sequence[Instrument]) -> None:
         if isinstance(instrument, (Gradient, Intervention)) and instrument.needs != "tokens":
             continue
         if not isinstance(instrument, Forward) or "lens" in instrument.sites:
-            lacking = "the site 'lens'" if isinstance(instrument, Forward) else "the loss of the next token"
+            lens = isinstance(instrument, (Forward, Walk))
+            lacking = "the site 'lens'" if lens else "the loss of the next token"
             raise BadOption(f"the instrument {instrument.name!r}, which needs {lacking}, on {stack.name}",
                             expected="a decoder language model",
                             do="measure what needs only 'input' and 'output', such as 'block-influence'")

@@ -25,7 +25,7 @@ from layerwise.measure.inputs import Input, Inputs
 from layerwise.measure.memory import enough_memory
 from layerwise.measure.progress import Progress
 from layerwise.measure.sample import real, sample
-from layerwise.measure.seen import Reading, Seen, Vectors
+from layerwise.measure.seen import Reading, Seen, Vectors, fitting
 from layerwise.stack.base import Site, Stack, State
 from layerwise.stack.decoder import DecoderStack
 
@@ -127,21 +127,16 @@ class View:
         if layer == 0:
             self._check(sites["input"], "entering layer 0")
         self._check(sites["output"], f"after layer {layer}")
-        wanted.show(layer, Seen(sites, self._fitting(sites["output"]), self.earlier))
+        wanted.show(layer, Seen(sites, fitting(self.mask_BT, sites["output"]), self.earlier))
         self.earlier.append(sites["input"])
 
     def _check(self, vectors: Vectors, where: str) -> None:
-        mask_BT = self._fitting(vectors)
+        mask_BT = fitting(self.mask_BT, vectors)
         squares_BT = vectors.squares_BT if mask_BT is None else vectors.squares_BT[mask_BT]
         if not bool(torch.isfinite(squares_BT.sum())):
             raise BadModel(f"activations {where} are NaN or infinite, first in batch {self.index}",
                            expected="finite activations",
                            do="check the weights there, or compute in float32: open(..., dtype='float32')")
-
-    def _fitting(self, vectors: Vectors) -> Tensor | None:
-        """The mask, where there is a token for each of its entries."""
-        fits = self.mask_BT is not None and vectors.x_BTC.shape[:2] == self.mask_BT.shape
-        return self.mask_BT.to(vectors.x_BTC.device) if fits and self.mask_BT is not None else None
 
 
 @dataclass

@@ -23,16 +23,26 @@ def map_errors(shallow: Sequence[Tensor], deep: Sequence[Tensor], ridge: float =
     """
     errors = torch.zeros(len(shallow), len(deep), dtype=torch.float64)
     for m, h_NC in enumerate(shallow):
-        x_NC = torch.cat([h_NC.double(), torch.ones(len(h_NC), 1, dtype=torch.float64)], 1)
-        gram_CC = x_NC[::2].T @ x_NC[::2]
-        gram_CC.diagonal().add_(ridge * gram_CC.diagonal().mean())
-        root_CC = torch.linalg.cholesky(gram_CC)
+        x_NC = with_one(h_NC)
+        root_CC = ridged(x_NC[::2].T @ x_NC[::2], ridge)
         for layer, g_ND in enumerate(deep):
             g_ND = g_ND.double()
             map_CD = torch.cholesky_solve(x_NC[::2].T @ g_ND[::2], root_CC)
             left_N = (x_NC[1::2] @ map_CD - g_ND[1::2]).norm(dim=-1)
             errors[m, layer] = (left_N / g_ND[1::2].norm(dim=-1).clamp(min=1e-6)).mean()
     return errors
+
+
+def with_one(h_NC: Tensor) -> Tensor:
+    """Rows in float64 with a one at their end, for the constant of an affine map, [N, C + 1]."""
+    return torch.cat([h_NC.double(), torch.ones(len(h_NC), 1, dtype=torch.float64, device=h_NC.device)], 1)
+
+
+def ridged(gram_CC: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of a Gram matrix with `ridge` times its mean diagonal added to the diagonal."""
+    raised_CC = gram_CC + ridge * gram_CC.diagonal().mean() * torch.eye(len(gram_CC)).to(gram_CC)
+    root_CC: Tensor = torch.linalg.cholesky(raised_CC)
+    return root_CC
 
 
 def matches(errors_MG: Tensor) -> list[int]:

@@ -3,8 +3,9 @@
     partial(stack, my_share, ["block-influence", "manifold"]).save("part-0.safetensors")      # in every process
     scores = merged([Partial.load(path) for path in paths])                                   # in one of them
 
-Only forward instruments have such a state, a tally: numbers, arrays and tensors in lists, mappings and the classes
-named here. In the file tensors lie under their path in the tally, everything else in the header as JSON.
+Only forward instruments and gradients of states have such a state, a tally: numbers, arrays and tensors in lists,
+mappings and the classes named here. In the file tensors lie under their path in the tally, everything else in the
+header as JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch import Tensor
 from layerwise.errors import BadFile, BadOption, LayerwiseError
 from layerwise.io import atomic
 from layerwise.measure import INSTRUMENTS
-from layerwise.measure.base import Forward, Instrument
+from layerwise.measure.backward import state_pass
+from layerwise.measure.base import Forward, Instrument, StateGradient
 from layerwise.measure.engine import check, resolve
 from layerwise.measure.forward import Pass, forward_pass
 from layerwise.measure.identity import identity
@@ -44,13 +46,16 @@ CLASSES = {kind.__name__: kind for kind in (Means, Cloud, Moments)}
 """The classes a tally in a file may be made of."""
 
 
+Mergeable = Forward[Any] | StateGradient
+
+
 @dataclass(frozen=True)
 class Partial:
     """The tallies of instruments over some data. `samples` are the fingerprints of the data in it."""
 
     spec: StackSpec
     model: str
-    instruments: tuple[Forward[Any], ...]
+    instruments: tuple[Mergeable, ...]
     tallies: tuple[Any, ...]
     samples: tuple[str, ...]
     tokens: int
@@ -97,23 +102,29 @@ class Partial:
 @torch.no_grad()
 def partial(stack: Stack, data: Any, instruments: str | Instrument | Iterable[str | Instrument], *, seed: int = 0,
             batch: int | None = None, lens_tokens: int | None = None, progress: bool = True) -> Partial:
-    """The tallies of forward instruments over a part of the data; arguments and errors as `measure`.
+    """The tallies of mergeable instruments over a part of the data; arguments and errors as `measure`.
 
     Raises BadOption for instruments of other kinds, which need no data or cannot be merged.
     """
     chosen = resolve(instruments)
-    forward = tuple(instrument for instrument in chosen if isinstance(instrument, Forward))
-    if len(forward) < len(chosen):
-        other = next(instrument.name for instrument in chosen if not isinstance(instrument, Forward))
-        raise BadOption(f"a partial result of {other!r}", expected="instruments that share the forward pass",
-                        do=f"measure {other!r} in one process")
+    forward = [instrument for instrument in chosen if isinstance(instrument, Forward)]
+    states = [instrument for instrument in chosen if isinstance(instrument, StateGradient)]
+    for other in chosen:
+        if not isinstance(other, (Forward, StateGradient)):
+            raise BadOption(f"a partial result of {other.name!r}",
+                            expected="instruments that share the forward pass, or read the gradients of states",
+                            do=f"measure {other.name!r} in one process")
     inputs = Inputs(stack, data, batch)
     check(stack, inputs, chosen)
     tallies = [instrument.start(stack.spec) for instrument in forward]
-    with Progress("measuring", len(stack) * len(inputs), progress) as bar:
-        forward_pass(inputs, Pass(stack, forward, tallies, bar, seed, lens_tokens))
+    runs = bool(forward) + 3 * bool(states)
+    with Progress("measuring", len(stack) * len(inputs) * runs, progress) as bar:
+        if forward:
+            forward_pass(inputs, Pass(stack, forward, tallies, bar, seed, lens_tokens))
+        if states:
+            tallies += state_pass(stack, inputs, states, bar)
     sample, tokens = fingerprint(inputs)
-    return Partial(stack.spec, identity(stack), forward, tuple(tallies), (sample,), tokens)
+    return Partial(stack.spec, identity(stack), (*forward, *states), tuple(tallies), (sample,), tokens)
 
 
 def merged(parts: Sequence[Partial]) -> Scores:
@@ -128,8 +139,8 @@ def merged(parts: Sequence[Partial]) -> Scores:
         "instruments": [instrument.to_json() for instrument in whole.instruments]})
 
 
-def _instrument(value: Mapping[str, Any]) -> Forward[Any]:
-    found: Forward[Any] = INSTRUMENTS[value["name"]](**{key: item for key, item in value.items() if key != "name"})
+def _instrument(value: Mapping[str, Any]) -> Mergeable:
+    found: Mergeable = INSTRUMENTS[value["name"]](**{key: item for key, item in value.items() if key != "name"})
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Name = Literal["input", "output", "attention", "feed_forward", "middle", "change"]
+Name = Literal["input", "output", "attention", "feed_forward", "middle", "change", "gradient"]
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -42,6 +42,13 @@ class Vectors:
     @cached_property
     def squares_BT(self) -> Tensor:
         return inner(self.x_BTC, self.x_BTC)
+
+
+def fitting(mask_BT: Tensor | None, vectors: Vectors) -> Tensor | None:
+    """The mask, where there is a token for each of its entries."""
+    if mask_BT is None or vectors.x_BTC.shape[:2] != mask_BT.shape:
+        return None
+    return mask_BT.to(vectors.x_BTC.device)
 
 
 class Reading:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from layerwise.measure.base import Gradient
+from layerwise.measure.base import WeightGradient
 from layerwise.measure.scores import Direction
 
 
@@ -25,7 +25,7 @@ def saliency(weight: Tensor, gradient: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Taylor(Gradient):
+class Taylor(WeightGradient):
     """Sum over a layer's weights of the absolute product of weight and gradient."""
 
     name: ClassVar[str] = "taylor"

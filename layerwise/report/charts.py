@@ -48,20 +48,20 @@ def column_chart(column: Column) -> Figure:
 
 
 def rank_chart(columns: Sequence[Column]) -> Figure:
-    """Instruments by layers: the place of every layer in each ranking, 1 for the most important."""
+    """Instruments by layers: the place of every layer in each ranking, 1 for the most important.
+
+    Layers of equal value share their mean place, so that a column without differences is one flat shade.
+    """
     from plotly.graph_objects import Figure
 
     ranked = [column for column in columns if column.important]
-    places = []
-    for column in ranked:
-        order = column.ranking()
-        share = {layer: (place + 1) / len(order) for place, layer in enumerate(order)}
-        places.append([None if value != value else share[layer] for layer, value in enumerate(column.values)])
     figure = Figure()
     figure.add_heatmap(
         x=[str(layer) for layer in range(len(columns[0].values))] if columns else [],
         y=[column.name for column in ranked],
-        z=places,
+        z=[_places(column) for column in ranked],
+        zmin=0,
+        zmax=1,
         customdata=[list(column.values) for column in ranked],
         hovertemplate="layer %{x}, %{y}: %{customdata:.4g}<extra></extra>",
         colorscale="Blues",
@@ -72,6 +72,16 @@ def rank_chart(columns: Sequence[Column]) -> Figure:
     figure.update_xaxes(title_text="layer", type="category")
     figure.update_yaxes(autorange="reversed", automargin=True)
     return plain(figure, 120 + 26 * len(ranked), left=210)
+
+
+def _places(column: Column) -> list[float | None]:
+    """The mean place of every layer among those measured, as a share of their number; None where not measured."""
+    from scipy.stats import rankdata
+
+    sign = 1 if column.important == "high" else -1
+    known = {layer: sign * value for layer, value in enumerate(column.values) if value == value}
+    place = dict(zip(known, rankdata(list(known.values())).tolist(), strict=True))
+    return [place[layer] / len(known) if layer in place else None for layer in range(len(column.values))]
 
 
 def roofline_chart(scores: Scores) -> Figure:

@@ -37,8 +37,8 @@ class Finding:
 def findings(scores: Scores) -> list[Finding]:
     """Which layers carry the model, which could go, where facts of what kind are written and the prediction forms,
     where bytes, time and energy go, and how far from the hardware's limit layers run."""
-    return [*_importance(scores), *_knowledge(scores), *_kinds(scores), *_emergence(scores), *_bits(scores),
-            *_bytes(scores), *_time(scores), *_energy(scores), *_roofline(scores)]
+    return [*_importance(scores), *_knowledge(scores), *_kinds(scores), *_emergence(scores), *_settled(scores),
+            *_bits(scores), *_bytes(scores), *_time(scores), *_energy(scores), *_roofline(scores)]
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -85,6 +85,10 @@ def _knowledge(scores: Scores) -> Iterator[Finding]:
     """Where facts of each kind are written, and whether the kinds lie apart."""
     kinds = {name.removeprefix("knowledge:"): column for name, column in scores.columns.items()
              if name.startswith("knowledge:")}
+    if kinds and all(math.isnan(value) for column in kinds.values() for value in column.values):
+        yield Finding("Where facts are written is not said: that is found by leaving out feed-forward halves, and no "
+                      "layer has one.")
+        return
     said, poor = [], []
     chances = scores.provenance.get("knowledge", {})
     for kind, column in kinds.items():
@@ -140,6 +144,16 @@ def _emergence(scores: Scores) -> Iterator[Finding]:
     else:
         yield Finding(f"The prediction takes shape at layer {first} of {len(values)}: from its input on, at least "
                       "half of the finally likeliest tokens can be read off the residual stream.")
+
+
+def _settled(scores: Scores) -> Iterator[Finding]:
+    if "tuned-lens:settled" not in scores:
+        return
+    values = scores["tuned-lens:settled"].values
+    first = next((layer for layer, value in enumerate(values) if value >= EMERGED), None)
+    place = f"from the input of layer {first} of {len(values)} on" if first is not None else "only in the last layer"
+    yield Finding(f"Read through affine maps, the likeliest token no longer changes {place}, at half of the "
+                  "positions or more.")
 
 
 def _bits(scores: Scores) -> Iterator[Finding]:

@@ -68,7 +68,7 @@ def profile_page(scores: Scores, model: str) -> str:
     if "roofline:attained" in scores:
         figures["roofline"] = charts.roofline_chart(scores)
     facts = {name.removeprefix("knowledge:"): column.values for name, column in scores.columns.items()
-             if name.startswith("knowledge:")}
+             if name.startswith("knowledge:") and any(value == value for value in column.values)}
     if facts:
         lost_LK = list(zip(*facts.values(), strict=True))
         figures["knowledge"] = studies.heat_chart(lost_LK, list(facts), unit="nats lost", columns="kind of fact",

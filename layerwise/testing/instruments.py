@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.measure.base import Forward, Instrument, Intervention
+from layerwise.measure.backward import state_pass
+from layerwise.measure.base import Forward, Instrument, Intervention, StateGradient
 from layerwise.measure.engine import measure
 from layerwise.measure.forward import Pass, forward_pass
 from layerwise.measure.inputs import Inputs
@@ -66,8 +67,9 @@ def check_instrument(instrument: Instrument, stack: DecoderStack | None = None) 
         )
         if isinstance(instrument, Intervention):
             _check_resume(instrument, stack, tokens_NT, found, Path(folder) / "trials.jsonl")
-    if isinstance(instrument, Forward):
+    if isinstance(instrument, (Forward, StateGradient)):
         check_merge(instrument, stack, tokens_NT)
+    if isinstance(instrument, Forward):
         check_sites(instrument, stack)
 
 
@@ -79,7 +81,7 @@ def check_parameters(instrument: Instrument) -> None:
     assert hash(instrument) == hash(type(instrument)(**values)), "equal instruments must be equal keys"
 
 
-def check_merge(instrument: Forward[Any], stack: DecoderStack, tokens_NT: Tensor) -> None:
+def check_merge(instrument: Forward[Any] | StateGradient, stack: DecoderStack, tokens_NT: Tensor) -> None:
     """Two partial tallies merge to that of the whole, and stay as they were."""
     whole, first, second = (
         _tally(instrument, stack, part) for part in (tokens_NT, tokens_NT[:2], tokens_NT[2:])
@@ -106,10 +108,13 @@ def check_sites(instrument: Forward[Any], stack: DecoderStack) -> None:
     instrument.update(instrument.start(stack.spec), len(stack) - 1, seen)
 
 
-def _tally(instrument: Forward[Any], stack: DecoderStack, tokens_NT: Tensor) -> Any:
-    tally = instrument.start(stack.spec)
+def _tally(instrument: Forward[Any] | StateGradient, stack: DecoderStack, tokens_NT: Tensor) -> Any:
+    inputs, progress = Inputs(stack, tokens_NT, 2), Progress("", 0, show=False)
     with torch.no_grad():
-        forward_pass(Inputs(stack, tokens_NT, 2), Pass(stack, [instrument], [tally], Progress("", 0, show=False)))
+        if isinstance(instrument, StateGradient):
+            return state_pass(stack, inputs, [instrument], progress)[0]
+        tally = instrument.start(stack.spec)
+        forward_pass(inputs, Pass(stack, [instrument], [tally], progress))
     return tally
 
 

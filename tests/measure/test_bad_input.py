@@ -19,11 +19,13 @@ from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.measure.block_influence import BlockInfluence
 from layerwise.measure.criticality import Criticality
 from layerwise.measure.engine import measure
+from layerwise.measure.gradient_times_activation import GradientTimesActivation
 from layerwise.measure.memory import enough_memory, out_of_memory
 from layerwise.measure.perturbation import criticality, perturb
 from layerwise.measure.separation import probe_scores
 from layerwise.measure.specific_neurons import specificity
 from layerwise.measure.taylor import Taylor
+from layerwise.measure.tuned_lens import TunedLens
 from layerwise.measure.weight_magnitude import WeightL1
 from layerwise.nets.classifiers import mlp
 from layerwise.stack.decoder import DecoderStack
@@ -134,6 +136,7 @@ def test_what_counts_as_out_of_memory(error: Exception) -> None:
 @pytest.mark.parametrize("error", EXHAUSTED, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize(("kind", "method", "name"), [
     (BlockInfluence, "update", "block-influence"), (WeightL1, "of", "weight-l1"), (Taylor, "of", "taylor"),
+    (GradientTimesActivation, "values", "gradient-times-activation"), (TunedLens, "walk", "tuned-lens"),
     (Criticality, "score", "criticality"),
 ])
 def test_the_instrument_to_drop_is_named(stack: DecoderStack, tokens_NT: Tensor, monkeypatch: pytest.MonkeyPatch,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadFile, BadOption
-from layerwise.measure.base import Forward
+from layerwise.measure.base import Forward, StateGradient
 from layerwise.measure.engine import measure, names
 from layerwise.measure.partial import Partial, merged, partial
 from layerwise.measure.utilized_rank import UtilizedRank
@@ -28,7 +28,7 @@ partial(stack, tokens_NT[first:last], sys.argv[5:], progress=False).save(sys.arg
 
 
 def test_two_processes_add_up_to_one(stack: DecoderStack, tokens_NT: Tensor, tmp_path: Path) -> None:
-    wanted = names(Forward)
+    wanted = [*names(Forward), *names(StateGradient)]
     stack.save(tmp_path / "model")
     ran = [subprocess.Popen([sys.executable, "-c", WORK, tmp_path / "model", str(first), str(last),
                              tmp_path / f"{first}.safetensors", *wanted]) for first, last in ((0, 2), (2, 5))]

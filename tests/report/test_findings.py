@@ -118,3 +118,25 @@ def test_facts_are_told_by_kind_and_hardly_known_ones_are_uncertain() -> None:
 def test_a_module_without_labels_is_judged_by_its_output() -> None:
     first = findings(scores(column("block-influence", RISING[::-1]), column("skip-effect", RISING)))[0]
     assert first.sure and "layers 5, 6 and 7 carry" in first.text
+
+
+def test_facts_of_a_model_without_feed_forward_halves_are_not_drawn() -> None:
+    nowhere = [float("nan")] * LAYERS
+    bare = facts(capital=nowhere, language=nowhere)
+    said = [finding.text for finding in findings(bare) if "facts" in finding.text]
+    page = profile_page(bare, "made up")
+    assert len(said) == 1 and "no layer has one" in said[0] and said[0] in page
+    assert 'data-figure="knowledge"' not in page and "Where facts of each kind" not in page
+
+
+def test_kinds_without_a_value_are_left_out_of_the_map_of_facts() -> None:
+    page = profile_page(facts(capital=RISING, language=[float("nan")] * LAYERS), "made up")
+    assert 'data-figure="knowledge"' in page and "no layer has one" not in page
+
+
+def test_from_where_on_the_answer_is_settled() -> None:
+    rising = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]
+    texts = " ".join(finding.text for finding in findings(scores(column("tuned-lens:settled", rising, None))))
+    assert "no longer changes from the input of layer 4 of 8 on" in texts
+    late = " ".join(f.text for f in findings(scores(column("tuned-lens:settled", [0.1] * LAYERS, None))))
+    assert "no longer changes only in the last layer" in late

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.measure.scores import Scores
-from layerwise.report.charts import bits_chart, column_chart
+from layerwise.measure.scores import Column, Scores
+from layerwise.report.charts import bits_chart, column_chart, rank_chart
 from layerwise.report.report import Report
 
 Tried = list[dict[str, object]]
@@ -112,3 +112,16 @@ def test_the_heat_map_has_a_cell_for_every_matrix(report: Report) -> None:
 def test_a_score_chart_shows_what_is_outside_the_layers(scores: Scores) -> None:
     (trace,) = column_chart(scores["quantization-sensitivity:4"]).data
     assert trace.x[-1] == "embedding" and len(trace.x) == 9
+
+
+def test_layers_without_a_difference_have_one_shade() -> None:
+    nan = float("nan")
+    columns = [Column(name, values, "nats", important, "made up") for name, values, important in (
+        ("zero", (0.0, 0.0, 0.0, nan), "high"), ("tied", (2.0, 1.0, 2.0, 5.0), "high"),
+        ("low", (1.0, 2.0, 3.0, nan), "low"), ("nothing", (nan,) * 4, "high"), ("cost", (1.0, 2.0, 3.0, 4.0), None))]
+    (trace,) = rank_chart(columns).data  # type: ignore[arg-type]
+    assert list(trace.y) == ["zero", "tied", "low", "nothing"] and (trace.zmin, trace.zmax) == (0, 1)
+    zero, tied, low, nothing = ([value and round(value, 6) for value in row] for row in trace.z)
+    assert zero == [round(2 / 3, 6)] * 3 + [None] and nothing == [None] * 4
+    assert tied == [2.5 / 4, 1 / 4, 2.5 / 4, 1.0]
+    assert low == [1.0, round(2 / 3, 6), round(1 / 3, 6), None]
