@@ -11,7 +11,10 @@ the least and the most in brackets.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -53,26 +56,33 @@ def describe(width, height):
 
 
 class Worker:
-    """One engine in its own process."""
+    """One engine in its own process, which is stopped while it is not its turn: some engines spin while they wait."""
 
     def __init__(self, command: list[str]) -> None:
         self.start = time.perf_counter()
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
+                                        stderr=subprocess.DEVNULL, text=True, start_new_session=True)
 
     def __call__(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
         """Seconds, tokens and peak of one job. Raises RuntimeError where the engine has died."""
         assert self.process.stdin is not None and self.process.stdout is not None
+        self._tell(signal.SIGCONT)
         self.process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
         self.process.stdin.flush()
         reply = self.process.stdout.readline()
         if not reply:
             raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}")
+        self._tell(signal.SIGSTOP)
         found: dict[str, Any] = json.loads(reply)
         return found
 
+    def _tell(self, what: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, what)
+
     def close(self) -> None:
         assert self.process.stdin is not None
+        self._tell(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait()
 
