@@ -197,6 +197,10 @@ class Walk(Instrument):
     """Walks all data through a decoder by itself, where later layers must be known before earlier ones are judged."""
 
     @abstractmethod
+    def check(self, inputs: Inputs) -> None:
+        """Before anything runs: raise BadData for data that does not do, BadOption for parameters."""
+
+    @abstractmethod
     def walk(self, stack: Stack, inputs: Inputs, seed: int, progress: Progress) -> tuple[Column, ...]:
         """The columns; `seed` draws positions, `progress` counts two runs of every layer a batch.
 

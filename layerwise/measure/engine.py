@@ -102,7 +102,7 @@ def supported(stack: Stack, names: Iterable[str], data: Any = None) -> list[str]
 
 
 def lacking(stack: Stack, name: str, data: Any = None) -> LayerwiseError | None:
-    """Why this model cannot have an instrument, with `data` also for want of labels; None where it can."""
+    """Why this model cannot have an instrument, with `data` also what that lacks for it; None where it can."""
     try:
         _check_model(stack, [INSTRUMENTS[name]()])
         if data is not None:
@@ -227,7 +227,10 @@ def check(stack: Stack, inputs: Inputs | None, chosen: Sequence[Instrument]) -> 
 
 
 def _check_data(stack: Stack, inputs: Inputs, chosen: Sequence[Instrument]) -> None:
-    """Raise BadData where labels are needed and the data of a module has none."""
+    """Raise BadData where labels are needed and the data of a module has none, or a walk cannot use the data."""
+    for instrument in chosen:
+        if isinstance(instrument, Walk):
+            instrument.check(inputs)
     if not isinstance(stack, DecoderStack):
         wanting = [i for i in chosen if isinstance(i, (Gradient, Intervention)) and i.needs == "labels"]
         if wanting:

@@ -29,6 +29,12 @@ def sample(tokens_BT: Tensor, allowed_BT: Tensor, count: Callable[[int], int], s
     return torch.cat(rows)
 
 
+def row_keys(tokens_BT: Tensor, allowed_BT: Tensor) -> list[bytes]:
+    """What tells rows apart whatever batch, order and padding they come in: a hash of each one's allowed tokens."""
+    return [hashlib.sha256(tokens_T[allowed_T].numpy().tobytes()).digest()
+            for tokens_T, allowed_T in zip(tokens_BT.cpu(), allowed_BT.cpu(), strict=True)]
+
+
 def real(tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
     """True at real tokens, bool [B, T]."""
     return torch.ones_like(tokens_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()

@@ -7,10 +7,11 @@ here they solve the least squares of h_L - h_l with a ridge, which pulls them to
 count for more, and the divergence is not the smallest that an affine map can reach.
 
 Columns: the divergence; `logit-lens`, the same without the map; `settled`, the share of positions whose likeliest token
-at this layer's input and at every later one is the model's own. Of every row the tokens of even place fit, without the
-first, whose length in language models swamps the rest; of those of odd place a sample is scored. Give several times the
-width in tokens. Cost: two forward passes, width^2 for every token, and the head twice at `tokens` positions of every
-row at every layer.
+at this layer's input and at every later one is the model's own. Half of the rows fit the map that the other half is
+scored with, and the other way round: tokens of one text are too much alike to judge what they have fitted. The first of
+every row is left out, whose length in language models swamps the rest. Give several times the width in tokens: with
+fewer, the map says less than the states hold. Cost: two forward passes, width^2 for every token, and the head twice at
+`tokens` positions of every row at every layer; memory holds the states of all data at two depths.
 
 Shapes: L layers, N tokens, P scored positions, C hidden width.
 """
@@ -31,7 +32,7 @@ from layerwise.measure.inputs import Input, Inputs
 from layerwise.measure.linear_map import ridged, with_one
 from layerwise.measure.logit_lens_kl import divergence
 from layerwise.measure.progress import Progress
-from layerwise.measure.sample import real, sample
+from layerwise.measure.sample import real, row_keys, sample
 from layerwise.measure.scores import Column, Direction
 from layerwise.measure.seen import Reading
 from layerwise.stack.base import Stack, State
@@ -44,7 +45,7 @@ Places = Sequence[Tensor]
 class TunedLens(Walk):
     """Divergence of translated early predictions from the model's own, at `tokens` positions of every row."""
 
-    ridge: float = 1e-3
+    ridge: float = 1e-2
     tokens: int = 32
 
     name: ClassVar[str] = "tuned-lens"
@@ -57,15 +58,18 @@ class TunedLens(Walk):
     def parts(self) -> Mapping[str, str]:
         return {"": self.unit, "logit-lens": self.unit, "settled": "share"}
 
-    def walk(self, stack: Stack, inputs: Inputs, seed: int, progress: Progress) -> tuple[Column, ...]:
+    def check(self, inputs: Inputs) -> None:
         if not (self.ridge > 0 and self.tokens > 0):
             raise BadOption(f"ridge={self.ridge}, tokens={self.tokens} for {self.name}", expected="both above zero",
                             do="take the defaults")
         items = list(inputs)
-        fitted, scored = zip(*(self._places(item, seed) for item in items), strict=True)
-        if not all(sum(map(len, places)) for places in (fitted, scored)):
-            raise BadData("texts of one or two tokens", expected="at least three tokens in a row",
-                          do="give longer texts")
+        if not all(sum(map(len, self._places(items, half, 0)[0])) for half in _halves(items)):
+            raise BadData("texts of one token, or one text only", expected="two different rows of several tokens",
+                          do="give more or longer texts")
+
+    def walk(self, stack: Stack, inputs: Inputs, seed: int, progress: Progress) -> tuple[Column, ...]:
+        items = list(inputs)
+        halves = [self._places(items, half, seed) for half in _halves(items)]
         last = [item.start(stack) for item in items]
         for layer in range(len(stack)):
             last = _advanced(stack, last, layer, progress)
@@ -75,18 +79,23 @@ class TunedLens(Walk):
         states = [item.start(stack) for item in items]
         plain, tuned = [], []
         for layer in range(len(stack)):
-            plain.append(_rows(states, scored))
-            tuned.append(translated(plain[-1], translator(states, last, fitted, self.ridge)))
+            maps = [translator(states, last, fitted, self.ridge) for fitted, _ in halves]
+            read = [_rows(states, scored) for _, scored in halves]
+            plain.append(torch.cat(read))
+            tuned.append(torch.cat([translated(*pair) for pair in zip(read, maps[::-1], strict=True)]))
             states = _advanced(stack, states, layer, progress)
-        return self._columns(stack, last[0], plain, tuned, _rows(last, scored))
+        return self._columns(stack, last[0], plain, tuned, torch.cat([_rows(last, scored) for _, scored in halves]))
 
-    def _places(self, item: Input, seed: int) -> tuple[Tensor, Tensor]:
-        """The positions of a batch that fit and those that are scored, as indices into the flattened [B, T]."""
-        assert item.tokens_BT is not None
-        real_BT = real(item.tokens_BT, item.mask_BT)
-        place_BT = real_BT.cumsum(1) - 1
-        even_BT, odd_BT = (real_BT & (place_BT > 0) & (place_BT % 2 == rest) for rest in (0, 1))
-        return even_BT.flatten().nonzero()[:, 0], sample(item.tokens_BT, odd_BT, lambda length: self.tokens, seed)
+    def _places(self, items: Sequence[Input], half: Sequence[Tensor], seed: int) -> tuple[Places, Places]:
+        """Of the rows of one half (bool [B] by batch) all positions but each first, and the sample that is scored."""
+        fitted, scored = [], []
+        for item, half_B in zip(items, half, strict=True):
+            assert item.tokens_BT is not None
+            real_BT = real(item.tokens_BT, item.mask_BT)
+            later_BT = real_BT & (real_BT.cumsum(1) > 1) & half_B[:, None].to(real_BT.device)
+            fitted.append(later_BT.flatten().nonzero()[:, 0])
+            scored.append(sample(item.tokens_BT, later_BT, lambda length: self.tokens, seed))
+        return fitted, scored
 
     def _columns(self, stack: Stack, end: State, plain: Sequence[Tensor], tuned: Sequence[Tensor],
                  final_PC: Tensor) -> tuple[Column, ...]:
@@ -113,6 +122,15 @@ class TunedLens(Walk):
         return (columns[""], replace(columns["logit-lens"], important=None, about="the same without the affine map"),
                 replace(columns["settled"], important=None,
                         about="share of tokens whose likeliest next token no longer changes from here on"))
+
+
+def _halves(items: Sequence[Input]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every other row in the order of their hashes, and the rest, bool [B] by batch; equal rows stay together."""
+    keys = [row_keys(item.tokens_BT, real(item.tokens_BT, item.mask_BT)) for item in items
+            if item.tokens_BT is not None]
+    place = {key: index for index, key in enumerate(sorted({key for batch in keys for key in batch}))}
+    one = [torch.tensor([place[key] % 2 == 0 for key in batch]) for batch in keys]
+    return one, [~half_B for half_B in one]
 
 
 def translator(states: States, last: States, places: Places, ridge: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.errors import BadData, BadModel, BadOption
-from layerwise.measure.engine import lacking, measure
+from layerwise.measure.engine import lacking, measure, supported
 from layerwise.measure.tuned_lens import TunedLens, settled
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.module import ModuleStack
@@ -66,7 +67,8 @@ def test_settled_is_from_where_on_nothing_changes() -> None:
 def test_equals_least_squares_of_numpy(narrow: DecoderStack, text_NT: Tensor) -> None:
     with narrow.capture("input", "output") as seen:
         narrow(text_NT)
-    fit, judge = slice(2, None, 2), slice(1, None, 2)
+    order = sorted(range(6), key=lambda row: hashlib.sha256(text_NT[row].numpy().tobytes()).digest())
+    halves = order[::2], order[1::2]
     last_NTC = seen[2, "output"].double().numpy()
     head = narrow.copied(torch.float32)
     head.decoder.double()
@@ -77,19 +79,19 @@ def test_equals_least_squares_of_numpy(narrow: DecoderStack, text_NT: Tensor) ->
         logits_1PV: Tensor = head.finish(state.moved(rows_1PC, 3))
         return logits_1PV[0].log_softmax(-1)
 
-    final_PV = log_p(last_NTC[:, judge].reshape(-1, 16))
+    final_PV = log_p(np.concatenate([last_NTC[half, 1:].reshape(-1, 16) for half in halves]))
     tuned, plain, same = [], [], []
     for layer in range(3):
         h_NTC = seen[layer, "input"].double().numpy()
 
-        def one(rows: Any) -> Any:
-            rows = rows.reshape(-1, 16)
-            return np.hstack([rows, np.ones((len(rows), 1))])
-
-        fitted, *_ = np.linalg.lstsq(one(h_NTC[:, fit]), last_NTC[:, fit].reshape(-1, 16), rcond=None)
-        for found, rows in ((tuned, one(h_NTC[:, judge]) @ fitted), (plain, h_NTC[:, judge].reshape(-1, 16))):
+        one, two = (h_NTC[half, 1:].reshape(-1, 16) for half in halves)
+        ends = [last_NTC[half, 1:].reshape(-1, 16) for half in halves]
+        x, y = (np.hstack([rows, np.ones((len(rows), 1))]) for rows in (one, two))
+        read = np.concatenate([x @ np.linalg.lstsq(y, ends[1], rcond=None)[0],
+                               y @ np.linalg.lstsq(x, ends[0], rcond=None)[0]])
+        for found, rows in ((tuned, read), (plain, np.concatenate([one, two]))):
             found.append(float((final_PV.exp() * (final_PV - log_p(rows))).sum(-1).mean()))
-        same.append(log_p(one(h_NTC[:, judge]) @ fitted).argmax(-1) == final_PV.argmax(-1))
+        same.append(log_p(read).argmax(-1) == final_PV.argmax(-1))
     scores = measure(narrow, text_NT, TunedLens(ridge=1e-10, tokens=ALL), batch=2, progress=False)
     assert scores["tuned-lens"].values == pytest.approx(tuned, rel=1e-4)
     assert scores["tuned-lens:logit-lens"].values == pytest.approx(plain, rel=1e-4)
@@ -130,8 +132,11 @@ def test_the_contract(make: Callable[[], TunedLens]) -> None:
 
 
 def test_bad_input_is_refused(narrow: DecoderStack, text_NT: Tensor) -> None:
-    with pytest.raises(BadData, match="one or two tokens"):
-        measure(narrow, text_NT[:, :2], "tuned-lens", progress=False)
+    with pytest.raises(BadData, match="texts of one token"):
+        measure(narrow, text_NT[:, :1], "tuned-lens", progress=False)
+    with pytest.raises(BadData, match="one text only"):
+        measure(narrow, text_NT[:1].repeat(3, 1), "tuned-lens", progress=False)
+    assert supported(narrow, ["tuned-lens", "taylor"], text_NT[:1]) == ["taylor"]  # a profile goes on without it
     for broken in (TunedLens(ridge=0.0), TunedLens(tokens=0)):
         with pytest.raises(BadOption, match="ridge"):
             measure(narrow, text_NT, broken, progress=False)
