@@ -195,7 +195,7 @@ int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bi
             const int64_t at = m * whole + g;
             fix_group(wide, w->group, w->kind, fixed + m * inputs + g * w->group, step + at, sum + at);
         }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 32)
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = 0; o < outputs; o++)
         for (int64_t m = 0; m < rows; m += MOST_ROWS) {
             const int some = rows - m < MOST_ROWS ? (int)(rows - m) : MOST_ROWS;
