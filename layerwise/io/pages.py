@@ -38,7 +38,7 @@ def let_go(tensors: Iterable[Tensor]) -> None:
 
 
 def _mapped() -> list[tuple[int, int]]:
-    """Addresses of this process that are private views of files, in order."""
+    """Addresses of this process that are views of files, in order."""
     found = []
     with open("/proc/self/maps") as lines:
         for line in lines:

@@ -3,8 +3,8 @@
 Every layer's input is kept from one forward pass; going down, a layer runs again with gradients on, for all
 batches, and its gradients are summed in float32 with their signs. So gradients of one layer are in memory at
 a time, whatever the size of the model; the kept inputs take tokens x hidden x layers, for the gradients of states only
-those of one batch. In a module that is no decoder
-the loss is that of the labels; what reaches later layers by another way than the hidden tensor is left out.
+those of one batch. In a module that is no decoder the loss is that of the labels; what reaches later layers by another
+way than the hidden tensor is left out.
 
 Shapes: B rows, T tokens, C hidden width, P positions.
 """

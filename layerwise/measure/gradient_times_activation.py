@@ -8,8 +8,7 @@ it at that token. Source: gradient x input (Shrikumar et al. 2016, arXiv 1605.01
 makes a token's value independent of how much other data there is, so that parts merge exactly.
 
 Only `change` ranks layers. A norm undoes the length of what enters it, so the states that leave the last layer of a
-decoder have no attribution at all. Cost: one forward pass, one more with gradients, and the
-backward, batch by batch.
+decoder have no attribution at all. Cost: one forward pass, one more with gradients, and the backward, batch by batch.
 
 Shapes: B rows, T tokens.
 """

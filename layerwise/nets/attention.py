@@ -25,7 +25,6 @@ class Attention(nn.Module):
     k: nn.Module
     v: nn.Module
     o: nn.Module
-    qkv: nn.Module
 
     def __init__(self, attention: spec.Attention, hidden: int, norm: spec.Norm) -> None:
         super().__init__()
@@ -41,46 +40,40 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
         batch, new, _ = x_BTC.shape
         if self.spec.shares is None:
-            out_BHTD = flow.attend(self.spec, layer, *self._queries_and_keys(x_BTC, flow))
+            q_BHTD, k_BKTD, v_BKTD = self._queries_and_keys(x_BTC, flow)
+            out_BHTD = flow.attend(self.spec, layer, q_BHTD, k_BKTD, v_BKTD)
         else:
             out_BHTD = flow.attend(self.spec, layer, self._queries(x_BTC, flow))
         return self.o(out_BHTD.transpose(1, 2).reshape(batch, new, -1))  # type: ignore[no-any-return]
 
     def _queries_and_keys(self, x_BTC: Tensor, flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the new tokens, queries and keys normed and rotated."""
-        both, v_BKTD = self._together(x_BTC)
-        return *self._turned(both, flow), v_BKTD
-
-    def _turned(self, both: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
-        """Queries and keys of the new tokens, normed and rotated."""
         a = self.spec
+        both, v_BKTD = self._together(x_BTC)
         if a.qk_norm:
             both = torch.cat([self.q_norm(both[:, : a.heads]), self.k_norm(both[:, a.heads :])], 1)
         if a.rope is not None:
             both = rotate(both, flow, a)
-        return both[:, : a.heads], both[:, a.heads :]
+        return both[:, : a.heads], both[:, a.heads :], v_BKTD
 
     def _together(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
         """Heads of queries and keys in one tensor, [B, H + K, T, D], and values."""
         if "qkv" not in self._modules:
-            q_BHTD, k_BKTD, v_BKTD = (self._heads(getattr(self, name)(x_BTC)) for name in ("q", "k", "v"))
+            q_BHTD, k_BKTD, v_BKTD = (self._heads(name, x_BTC) for name in ("q", "k", "v"))
             return torch.cat([q_BHTD, k_BKTD], 1), v_BKTD
-        return self._parted(self.qkv(x_BTC))
-
-    def _parted(self, qkv_BTA: Tensor) -> tuple[Tensor, Tensor]:
-        all_BATD = self._heads(qkv_BTA)
+        all_BATD = self._heads("qkv", x_BTC)
         last = self.spec.heads + self.spec.kv_heads
         return all_BATD[:, :last], all_BATD[:, last:]
 
     def _queries(self, x_BTC: Tensor, flow: Flow) -> Tensor:
-        q_BHTD = self._heads(self.q(x_BTC))
+        q_BHTD = self._heads("q", x_BTC)
         if self.spec.qk_norm:
             q_BHTD = self.q_norm(q_BHTD)
         return q_BHTD if self.spec.rope is None else rotate(q_BHTD, flow, self.spec)
 
-    def _heads(self, x_BTA: Tensor) -> Tensor:
-        batch, new, _ = x_BTA.shape
-        return x_BTA.view(batch, new, -1, self.spec.head_dim).transpose(1, 2)
+    def _heads(self, name: str, x_BTC: Tensor) -> Tensor:
+        batch, new, _ = x_BTC.shape
+        return getattr(self, name)(x_BTC).view(batch, new, -1, self.spec.head_dim).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def rotate(x_BHTD: Tensor, flow: Flow, a: spec.Attention) -> Tensor:

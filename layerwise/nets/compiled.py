@@ -17,6 +17,7 @@ import tempfile
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -30,13 +31,17 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What numbers come and go as, and how the functions are told."""
 
 
+_ONE_AT_A_TIME = Lock()
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where there is no compiler for them."""
     if os.environ.get("LAYERWISE_NATIVE") == "0":
         return None
     try:
-        found = ctypes.CDLL(str(_compiled()))
+        with _ONE_AT_A_TIME:  # threads that lay blocks out ask at the same moment
+            found = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError):
         return None
     found.packed_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int]

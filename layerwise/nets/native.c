@@ -3,8 +3,8 @@
    w = (code - middle) * scale + zero, a scale and a zero for every `group` inputs of an output. A row of x is cut into
    the same groups, each in fixed point, so that sums of products are exact integers. Codes are nibbles (the even input
    in the low half of a byte), which are multiplied with the two digits of a 10-bit x by themselves, or bytes, for which
-   x has 16 bits: its error is at most a thousandth or a 65,000th of the group's largest number. (On SmolLM2 10 bits
-   change the output by a fifth of what bfloat16 does, 8 bits, which other engines use, by three times as much.)
+   x has 16 bits: its error is at most a thousandth or a 65,000th of the group's largest number.
+   `benchmarks/input_bits.py` compares 10 bits with 8, which other engines use, and with bfloat16.
 
    Numbers come and go as float32 or bfloat16. A group with an infinity or a NaN makes its row NaN. */
 

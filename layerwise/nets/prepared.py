@@ -1,7 +1,8 @@
 """Blocks laid out for fast inference: matrices that read the same input as one, all in a kernel's own layout.
 
 The decoder stays the same; only its modules are exchanged. Results are the same bits as those of the modules they
-stand for, up to a matrix product's order of summation. Where the processor has no instructions for half precision,
+stand for, up to a matrix product's order of summation; only compiled functions (`compiled.py`) round what is multiplied
+with packed matrices to fixed point, as `native.c` says. Where the processor has no instructions for half precision,
 blocks can be made `wide`: see `wide.py`.
 
 Shapes: O outputs, I inputs.
@@ -55,17 +56,10 @@ class DirectAttention(Direct, Attention):
 
     def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
         joined = self._modules.get("qkv")
-        if joined is None or self.spec.shares is not None:
+        pages = None if joined is None else flow.pages(self.spec, layer, x_BTC.dtype)
+        if joined is None or pages is None:
             return super().forward(x_BTC, flow, layer)
-        qkv_BTA = joined(x_BTC)
-        pages = flow.pages(self.spec, layer, qkv_BTA.dtype)
-        if pages is not None:
-            out_BTD = attend(qkv_BTA[0], pages)[None]
-        else:
-            both, v_BKTD = self._parted(qkv_BTA)
-            out_BHTD = flow.attend(self.spec, layer, *self._turned(both, flow), v_BKTD)
-            out_BTD = out_BHTD.transpose(1, 2).reshape(*x_BTC.shape[:2], -1)
-        return self.o(out_BTD)  # type: ignore[no-any-return]
+        return self.o(attend(joined(x_BTC)[0], pages)[None])  # type: ignore[no-any-return]
 
 
 DIRECT: dict[type[nn.Module], type[nn.Module]] = {

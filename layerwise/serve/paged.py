@@ -222,9 +222,9 @@ class PagedFlow(Flow):
         return all(row.size <= FEW for row in self.rows)
 
     def _placed(self, group: int) -> Places:
-        _, slots_N = self._group(group)
-        tables = [row.sequence.tables[group] for row in self.rows]
-        starts = [row.start - table.shift for row, table in zip(self.rows, tables, strict=True)]
+        views, slots_N = self._group(group)
+        tables = [table for view in views for table in view.tables]
+        starts = [start for view in views for start in view.starts]
         row_N = [index for index, row in enumerate(self.rows) for _ in range(row.size)]
         place_N = [start + token for row, start in zip(self.rows, starts, strict=True) for token in range(row.size)]
         longest = max(len(table.blocks) for table in tables)
