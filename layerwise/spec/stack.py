@@ -119,9 +119,10 @@ class StackSpec:
 
     def table(self) -> str:
         """A short text table, one line for a run of equal rows."""
+        count = self.parameters()
         sizes = f"hidden {self.hidden}, vocabulary {self.vocabulary}, " if self.hidden else ""
         lines = [f"{self.family}: {sizes}{self.dtype}, "
-                 f"{self.parameters() / 1e6:.3g}M parameters, {self.bytes() / 1e6:.1f} MB"]
+                 f"{count / 1e6:{'.1f' if count >= 1e6 else '.3g'}}M parameters, {self.bytes() / 1e6:.1f} MB"]
         start = 0
         for index in range(1, len(self.rows) + 1):
             if index == len(self.rows) or self.rows[index] != self.rows[start]:
