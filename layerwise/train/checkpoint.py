@@ -37,10 +37,13 @@ class Saved:
 
 
 class Checkpoint:
-    """The newest state of one training in `folder`; `identity` says which training it is."""
+    """The newest state of one training in `folder`; `identity` says which training it is.
 
-    def __init__(self, folder: str | Path, identity: str, every: float = EVERY) -> None:
-        self.folder, self.identity, self.every = Path(folder), identity, every
+    With `end` the last state is saved too, for a training that others follow.
+    """
+
+    def __init__(self, folder: str | Path, identity: str, every: float = EVERY, *, end: bool = False) -> None:
+        self.folder, self.identity, self.every, self.end = Path(folder), identity, every, end
         self._next = time.monotonic() + every
 
     def load(self) -> Saved | None:
@@ -61,9 +64,9 @@ class Checkpoint:
         stored = safetensors.SafetensorsCheckpoint(tensors)
         return Saved(stored.tensors(sorted(stored.names())), values)
 
-    def due(self) -> bool:
-        """Whether it is time to save."""
-        return time.monotonic() >= self._next
+    def due(self, ended: bool = False) -> bool:
+        """Whether it is time to save; `ended` says that this is the last state."""
+        return time.monotonic() >= self._next or (ended and self.end)
 
     def save(self, state: Saved) -> None:
         """Replace the state. Raises BadFile, with the one before still there, where the disk is full."""

@@ -158,7 +158,7 @@ def train(
             watch(len(losses))
         if best:
             best.look(parameters, clock.progress)
-        if checkpoint and checkpoint.due():
+        if checkpoint and checkpoint.due(clock.progress >= 1):
             checkpoint.save(_state(parameters, chosen, clock, best, losses))
     if best:
         best.restore(parameters)

@@ -7,6 +7,8 @@ decoder stays as it is; projector and decoder are tuned on questions about pictu
 Facts are asked about pictures of the first half of the things only. Of the others the model has read the
 facts and learned to name the pictures, and was never asked about a fact with a picture before it.
 
+Every stage keeps its state on disk, so that a killed training goes on where it was and ends with the same weights.
+
 Shapes: N rows, B rows of a batch, T tokens, P patches, V vocabulary.
 """
 
@@ -14,8 +16,10 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -42,6 +46,7 @@ from layerwise.nets.vision import Vision, VisionSpec
 from layerwise.places import cache_folder
 from layerwise.spec import Attention, FeedForward, LayerSpec, StackSpec
 from layerwise.stack.vision import VisionLanguageStack, is_vision_language
+from layerwise.train.checkpoint import Checkpoint, digest
 from layerwise.train.fresh import fresh
 from layerwise.train.loop import Recipe, train
 
@@ -85,15 +90,21 @@ DEMOS = {"tiny-vlm": Training(), "tiny-vlm-quick": SMALL}
 
 
 def demo(name: str) -> Path:
-    """The folder of the demo called `name`, in the cache; trained and saved there where it is not yet."""
+    """The folder of the demo called `name`, in the cache; trained and saved there where it is not yet.
+
+    What a killed training left in `<name>.training` is taken up.
+    """
     from filelock import FileLock
 
     folder = cache_folder() / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not _is_kept(folder, DEMOS[name]):
-            print(f"{name}: training it on drawn scenes (once, kept in {folder})", file=sys.stderr, flush=True)
-            _save(make(DEMOS[name]), DEMOS[name], folder)
+            states = folder.with_suffix(".training")
+            how = "going on with its training" if states.exists() else "training it"
+            print(f"{name}: {how} on drawn scenes (once, kept in {folder})", file=sys.stderr, flush=True)
+            _save(make(DEMOS[name], states), DEMOS[name], folder)
+            shutil.rmtree(states, ignore_errors=True)
     return folder
 
 
@@ -122,16 +133,41 @@ def examples(stack: VisionLanguageStack, count: int, seed: int) -> SceneData:
     return about_scenes(vocabulary, scenes, PAIRS, draw)
 
 
-def make(training: Training) -> VisionLanguageStack:
-    """Train from nothing: reading, seeing, aligning, tuning."""
+class Course:
+    """The stages of a training, one after another: progress over all of them, and with `states` a checkpoint each."""
+
+    def __init__(self, training: Training, states: Path | None, bar: Progress) -> None:
+        self.training, self.states, self.bar = training, states, bar
+
+    def stage(self, name: str, parameters: Sequence[nn.Parameter], loss: Callable[[Tensor], Tensor], rows_N: Tensor,
+              steps: int, scale: float = 1.0) -> None:
+        """Train `parameters` for `steps`, or take up what a killed training left of it."""
+        shown = 0
+
+        def show(done: int) -> None:
+            nonlocal shown
+            self.bar.step(done - shown)
+            shown = done
+
+        kept = None
+        if self.states is not None:
+            identity = digest(asdict(self.training))
+            kept = Checkpoint(self.states / identity / name, identity, end=True)
+        train(parameters, loss, rows_N, _recipe(self.training, steps, scale), after=[show], checkpoint=kept)
+        show(steps)
+
+
+def make(training: Training, states: Path | None = None) -> VisionLanguageStack:
+    """Train from nothing: reading, seeing, aligning, tuning. `states` is the folder that makes it resumable."""
     vocabulary = Vocabulary(training.world)
     generator = torch.Generator().manual_seed(training.seed)
     stack = _blank(training, vocabulary)
-    with Progress("training the vision-language model", training.steps) as bar:
-        _read(stack, vocabulary, training, bar)
+    with torch.random.fork_rng([]), Progress("training the vision-language model", training.steps) as bar:
+        course = Course(training, states, bar)
+        _read(stack, vocabulary, course)
         one, two = _pictures(training, generator)
-        _see(stack.vision, training, one, two, bar)
-        _look(stack, vocabulary, training, one, two, bar)
+        _see(stack.vision, course, one, two)
+        _look(stack, vocabulary, course, one, two)
     stack.decoder.requires_grad_(False).eval()
     stack.vision.requires_grad_(False).eval()
     return stack
@@ -153,19 +189,20 @@ def _pictures(training: Training, generator: torch.Generator) -> tuple[Scenes, S
             draw_two(training.world, training.pictures, generator))
 
 
-def _read(stack: VisionLanguageStack, vocabulary: Vocabulary, training: Training, bar: Progress) -> None:
+def _read(stack: VisionLanguageStack, vocabulary: Vocabulary, course: Course) -> None:
+    training = course.training
     text_NT = plain_text(vocabulary, training.batch * min(training.read, 400), LINE, training.seed)
     stack.decoder.requires_grad_(True).train()
 
     def loss(tokens_BT: Tensor) -> Tensor:
-        bar.step()
         return _reading_loss(stack, tokens_BT, vocabulary.ids["?"])
 
-    train(list(stack.decoder.parameters()), loss, text_NT, _recipe(training, training.read, 1.0))
+    course.stage("read", list(stack.decoder.parameters()), loss, text_NT, training.read)
 
 
-def _see(vision: Vision, training: Training, one: Scenes, two: Scenes, bar: Progress) -> None:
+def _see(vision: Vision, course: Course, one: Scenes, two: Scenes) -> None:
     """Every patch tells the thing and the colour whose box covers its centre; the readout is thrown away."""
+    training = course.training
     classes = (training.things + 1, len(COLOURS) + 1)
     with torch.random.fork_rng([]):
         torch.manual_seed(training.seed)
@@ -174,20 +211,18 @@ def _see(vision: Vision, training: Training, one: Scenes, two: Scenes, bar: Prog
     things_NP, colours_NP = (_per_patch(scenes, kind_NO) for kind_NO in (scenes.things_NO, scenes.colours_NO))
 
     def loss(rows_B: Tensor) -> Tensor:
-        bar.step()
         things_BPE, colours_BPC = readout(vision.encode(scenes.pixels_N3SS[rows_B])).split(classes, -1)
         return (F.cross_entropy(things_BPE.flatten(0, 1), things_NP[rows_B].flatten())
                 + F.cross_entropy(colours_BPC.flatten(0, 1), colours_NP[rows_B].flatten()))
 
     parameters = [*vision.encoder.parameters(), *readout.parameters()]
-    train(parameters, loss, torch.arange(len(scenes)), _recipe(training, training.see, 1.0))
+    course.stage("see", parameters, loss, torch.arange(len(scenes)), training.see)
     vision.encoder.requires_grad_(False)
 
 
-def _look(
-    stack: VisionLanguageStack, vocabulary: Vocabulary, training: Training, one: Scenes, two: Scenes, bar: Progress
-) -> None:
+def _look(stack: VisionLanguageStack, vocabulary: Vocabulary, course: Course, one: Scenes, two: Scenes) -> None:
     """Align the projector alone, then tune projector and decoder on everything."""
+    training = course.training
     draw, half = random.Random(training.seed), training.things // 2
     told = one.pick(one.things_NO[:, 0] < half)
     pairs = _rows(about_scenes(vocabulary, two, PAIRS, draw, turns=3))
@@ -196,22 +231,20 @@ def _look(
     asks = vocabulary.ids["?"]
 
     def aligned(rows_B: Tensor) -> Tensor:
-        bar.step()
         named_B = rows_B[: len(rows_B) // 2] % len(one)
         return _answer_loss(stack, pairs, rows_B, asks) + _answer_loss(stack, single, named_B, asks)
 
     def tuned(rows_B: Tensor) -> Tensor:
-        bar.step()
         asked = _answer_loss(stack, pairs, rows_B % len(two), asks)
         alone = _answer_loss(stack, single, rows_B[: len(rows_B) // 2], asks)
         return asked + alone + _reading_loss(stack, text_NT[rows_B[: len(rows_B) // 3] % len(text_NT)], asks)
 
     stack.decoder.requires_grad_(False)
     projector = list(stack.vision.projector.parameters())
-    train(projector, aligned, torch.arange(len(two)), _recipe(training, training.align, 1.0))
+    course.stage("align", projector, aligned, torch.arange(len(two)), training.align)
     stack.decoder.requires_grad_(True)
     rows = torch.arange(len(single[0]))
-    train([*projector, *stack.decoder.parameters()], tuned, rows, _recipe(training, training.tune, 0.5))
+    course.stage("tune", [*projector, *stack.decoder.parameters()], tuned, rows, training.tune, 0.5)
 
 
 def _rows(*parts: SceneData) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from layerwise.data.scenes import draw_one
 from layerwise.measure.identity import identity
 from layerwise.stack.vision import VisionLanguageStack
 from layerwise.train import vision_language
+from layerwise.train.checkpoint import Checkpoint
 from layerwise.train.vision_language import DEMOS, SMALL, Training, examples, make
 
 TINY = replace(SMALL, things=4, layers=2, hidden=16, widths=(4, 4, 8), read=2, see=2, align=2, tune=2, pictures=16,
@@ -39,6 +41,46 @@ def test_it_is_trained_once_and_opened_by_name(
     assert capsys.readouterr().err == ""
     kept = {path.suffix for path in (cache / "models").rglob("*") if path.is_file()}
     assert kept == {".json", ".safetensors", ".lock"}
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 4, 7])
+def test_a_killed_training_goes_on_and_ends_the_same(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], killed_at: int
+) -> None:
+    class Killed(Exception):
+        pass
+
+    whole = identity(make(TINY))
+    monkeypatch.setattr(Checkpoint, "due", lambda *_: True)
+    real, calls = vision_language.train, 0
+
+    def killing(parameters: Any, loss: Any, *rest: Any, **options: Any) -> Any:
+        def counted(rows: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            if calls == killed_at:
+                raise Killed
+            calls += 1
+            value: torch.Tensor = loss(rows)
+            return value
+
+        return real(parameters, counted, *rest, **options)
+
+    monkeypatch.setattr(vision_language, "train", killing)
+    with pytest.raises(Killed):
+        lw.open("tiny-vlm")
+    states = cache / "models" / "tiny-vlm.training"
+    assert {path.suffix for path in states.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert not (cache / "models" / "tiny-vlm").exists()
+    calls, killed_at = 0, TINY.steps - killed_at  # the rest, and not a step more
+    assert identity(lw.open("tiny-vlm")) == whole
+    assert calls == killed_at
+    assert "going on with its training" in capsys.readouterr().err
+    assert not states.exists()
+
+
+def test_what_another_training_left_is_not_taken_up(cache: Path, tmp_path: Path) -> None:
+    make(replace(TINY, seed=1), tmp_path / "states")
+    assert identity(make(TINY, tmp_path / "states")) == identity(make(TINY))
 
 
 def test_a_model_of_another_training_is_trained_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
