@@ -59,17 +59,23 @@ def ranking_columns(scores: Scores) -> list[Column]:
 
 def _importance(scores: Scores) -> Iterator[Finding]:
     columns = ranking_columns(scores)
-    if not columns or len(scores.spec.rows) < 2 * FEW:
+    if not columns:
         return
     main = next((column for column in columns if column.name in (*TRIED, "block-influence")
                  and any(value == value for value in column.values)), columns[0])
     order = [layer for layer in main.ranking() if not math.isnan(main.values[layer])]
-    if len(order) < 2 * FEW:
+    few = min(FEW, len(order) // 2)
+    if not few:
         return
-    most, least = order[: -FEW - 1 : -1], order[:FEW]
+    most, least = order[: -few - 1 : -1], order[:few]
     kind = "taking each away" if main.name in TRIED else f"{main.name}, which does not try it"
-    yield Finding(f"By {kind}, {_layers(most)} carry most of the model, and {_layers(least)} could go first.",
+    carry = "carries" if few == 1 else "carry"
+    yield Finding(f"By {kind}, {_layers(most)} {carry} most of the model, and {_layers(least)} could go first.",
                   sure=main.name in TRIED)
+    kept = [layer for layer, value in enumerate(main.values) if math.isnan(value)]
+    if kept and not scores.spec.vocabulary:
+        yield Finding(f"Nothing of this is known of {_layers(kept)}, whose output has another shape than the input: "
+                      "such a layer cannot be taken away.")
     others = {column.name: rank_correlation(_signed(main), _signed(column))
               for column in columns if column.name != main.name and ":" not in column.name}
     against = sorted((name for name, value in others.items() if value < AGREE), key=lambda name: others[name])

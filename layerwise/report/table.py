@@ -75,6 +75,8 @@ def got(changes: Sequence[LayerChange]) -> str:
 
 def size(count: float) -> str:
     """Bytes for people: `148.0 MB`."""
+    if count < 1e5:
+        return f"{count / 1e3:.1f} kB"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

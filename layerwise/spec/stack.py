@@ -122,7 +122,8 @@ class StackSpec:
         count = self.parameters()
         sizes = f"hidden {self.hidden}, vocabulary {self.vocabulary}, " if self.hidden else ""
         lines = [f"{self.family}: {sizes}{self.dtype}, "
-                 f"{count / 1e6:{'.1f' if count >= 1e6 else '.3g'}}M parameters, {self.bytes() / 1e6:.1f} MB"]
+                 f"{count / 1e6:{'.1f' if count >= 1e6 else '.3g'}}M parameters, "
+                 f"{self.bytes() / 1e6:{'.1f' if self.bytes() >= 1e6 else '.3g'}} MB"]
         start = 0
         for index in range(1, len(self.rows) + 1):
             if index == len(self.rows) or self.rows[index] != self.rows[start]:

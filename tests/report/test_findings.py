@@ -30,6 +30,23 @@ def test_a_measured_column_comes_first_and_is_sure() -> None:
     assert first.sure and "layers 5, 6 and 7 carry" in first.text and "layers 0, 1 and 2 could go" in first.text
 
 
+@pytest.mark.parametrize(("count", "said"), [
+    (2, "layer 1 carries most of the model, and layer 0 could go first"),
+    (5, "layers 3 and 4 carry most of the model, and layers 0 and 1 could go first")])
+def test_few_layers_are_ranked_too(count: int, said: str) -> None:
+    few = Scores(random_stack(count).spec, {"leave-one-out": column("leave-one-out", RISING[:count])})
+    assert said in findings(few)[0].text
+    alone = Scores(random_stack(1).spec, {"leave-one-out": column("leave-one-out", RISING[:1])})
+    assert not any("could go" in finding.text for finding in findings(alone))
+
+
+def test_layers_of_a_module_that_cannot_be_taken_away_are_named() -> None:
+    spec = replace(random_stack(LAYERS).spec, vocabulary=0)
+    tried = column("leave-one-out", [*RISING[:5], math.nan, 6.0, math.nan])
+    found = findings(Scores(spec, {tried.name: tried}))
+    assert "layers 3, 4 and 6 carry" in found[0].text and "known of layers 5 and 7" in found[1].text
+
+
 def test_instruments_that_contradict_are_uncertain() -> None:
     found = findings(scores(column("leave-one-out", RISING), column("zd", RISING[::-1]), column("lim", RISING)))
     doubt = next(finding for finding in found if not finding.sure)
