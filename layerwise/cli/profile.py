@@ -57,7 +57,7 @@ def profile(
     """
     from layerwise.cli.imported import open_model
     from layerwise.io import atomic
-    from layerwise.measure.engine import measure, resolve
+    from layerwise.measure.engine import resolve
     from layerwise.measure.identity import identity
     from layerwise.measure.scores import Scores
     from layerwise.report.findings import findings
@@ -79,7 +79,7 @@ def profile(
         found = []
         for part, (those, read) in parts.items():
             screen.tell(f"{part}: {len(stack)} layers by {len(those)} instruments")
-            work = partial(measure, stack, read, those, seed=seed, resume=run.path("measured.jsonl"))
+            work = partial(_measured, stack, read, those, data, seed=seed, resume=run.path("measured.jsonl"))
             found.append(run.step(part, work, file=f"{part}.parquet", save=_save, load=Scores.load))
         scores = run.step("scores", lambda: _known(reduce(Scores.merge, found), stack, deep and not only),
                           file="scores.parquet", save=_save, load=Scores.load)
@@ -95,7 +95,8 @@ def profile(
     for finding in said:
         screen.show(f"{'' if finding.sure else 'uncertain: '}{finding.text}")
     if not (deep or only):
-        screen.show("\nWhat taking each layer away does, and where facts are written: --deep")
+        facts = ", and where facts are written" if stack.spec.vocabulary else ""
+        screen.show(f"\nWhat taking each layer away does{facts}: --deep")
     screen.show(f"\nscores  {run.path('scores.parquet')}\nreport  {run.path('report.html')}")
     screen.finish(
         {
@@ -107,6 +108,15 @@ def profile(
             "columns": scores.to_json()["columns"],
         }
     )
+
+
+def _measured(stack: Stack, inputs: Any, names: list[str], data: str, **options: Any) -> Scores:
+    """The columns, with the user's own name for the data where it has none itself."""
+    from layerwise.cli.imported import names_code
+    from layerwise.measure.engine import measure
+
+    scores = measure(stack, inputs, names, **options)
+    return replace(scores, provenance={**scores.provenance, "data": data}) if names_code(data) else scores
 
 
 def _parts(names: list[str], inputs: Any, blocks: int | None) -> dict[str, tuple[list[str], Any]]:

@@ -136,7 +136,7 @@ class View:
         if not bool(torch.isfinite(squares_BT.sum())):
             raise BadModel(f"activations {where} are NaN or infinite, first in batch {self.index}",
                            expected="finite activations",
-                           do="check the weights there, or compute in float32: open(..., dtype='float32')")
+                           do="check the data and the weights there, or compute in float32: open(..., dtype='float32')")
 
 
 @dataclass

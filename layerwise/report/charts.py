@@ -43,7 +43,7 @@ def column_chart(column: Column) -> Figure:
         hovertemplate="layer %{x}: %{y:.4g} " + column.unit + "<extra></extra>",
     )
     figure.update_xaxes(title_text="layer", type="category")
-    figure.update_yaxes(title_text=column.unit, zeroline=True)
+    figure.update_yaxes(title_text=column.unit, zeroline=True, exponentformat="power")
     return plain(figure, 340)
 
 
@@ -102,7 +102,8 @@ def roofline_chart(scores: Scores) -> Figure:
                 hovertemplate="%{text}: %{y:.0%} of the limit at %{x:.1f} FLOP/byte<extra></extra>",
             )
     figure.add_hline(y=1, line_dash="dot", line_color=BEFORE)
-    figure.update_xaxes(title_text="FLOP per byte", type="log")
+    steps = [mantissa * 10.0**power for power in range(-4, 7) for mantissa in (1, 2, 5)]
+    figure.update_xaxes(title_text="FLOP per byte", type="log", tickvals=steps, ticktext=[f"{x:g}" for x in steps])
     figure.update_yaxes(title_text="share of the limit", tickformat=".0%", rangemode="tozero")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
     return plain(figure, 360)

@@ -170,7 +170,10 @@ def _bits(scores: Scores) -> Iterator[Finding]:
     narrow = min(widths)
     order = widths[narrow].ranking()
     known = [layer for layer in order if not math.isnan(widths[narrow].values[layer])]
-    yield Finding(f"In {narrow} bits {_layers(known[: -FEW - 1 : -1])} suffer most, {_layers(known[:FEW])} least.")
+    few = min(FEW, len(known) // 2)
+    if few:
+        verb = "suffers" if few == 1 else "suffer"
+        yield Finding(f"In {narrow} bits {_layers(known[: -few - 1 : -1])} {verb} most, {_layers(known[:few])} least.")
 
 
 def _bytes(scores: Scores) -> Iterator[Finding]:

@@ -50,6 +50,7 @@ def page(
             **_shared(report, tried),
             figures={name: _plain(figure) for name, figure in figures.items()},
             columns=columns,
+            outside=_outside(columns),
             tried=sorted(tried, key=lambda point: (point["kl"], point["name"])),
             plan=json.dumps(plan, indent=1) if plan else None,
             provenance=list(_flat(report.provenance)),
@@ -83,8 +84,10 @@ def profile_page(scores: Scores, model: str) -> str:
         .render(
             model=model,
             findings=findings(scores),
+            hidden=scores.spec.hidden,
             figures={name: _plain(figure) for name, figure in figures.items()},
             columns=columns,
+            outside=_outside(columns),
             provenance=list(_flat(scores.provenance)),
             plotly=get_plotlyjs(),
         )
@@ -131,13 +134,25 @@ def _environment() -> Environment:
 
     folder = files("layerwise.report")
     sources = {name: folder.joinpath(name).read_text("utf-8") for name in FILES}
-    return Environment(
+    made = Environment(
         loader=DictLoader(sources),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.globals["number"] = _number
+    return made
+
+
+def _number(value: float | None) -> str:
+    """Four digits; nothing for what was not measured."""
+    return "" if value is None or value != value else f"{value:.4g}"
+
+
+def _outside(columns: Sequence[Column]) -> list[str]:
+    """What lies outside the layers and has a number in some column."""
+    return list(dict.fromkeys(place for column in columns for place in column.outside))
 
 
 def _plain(figure: Figure) -> Any:
@@ -145,17 +160,28 @@ def _plain(figure: Figure) -> Any:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Any:
-    """Nested provenance as (dotted name, value) pairs; of named things the names, of long lists the length."""
+    """Nested provenance as (name, value) pairs: of named things the names, of long lists the length, what several
+    runs share once, and nothing of what was left open."""
     for name, item in value.items():
+        title = f"{prefix}{name.replace('_', ' ')}"
+        if item is None:
+            continue
         if isinstance(item, Mapping):
-            yield from _flat(item, f"{prefix}{name}: ")
+            yield from _flat(item, f"{title}: ")
         elif isinstance(item, (list, tuple)) and item and all(isinstance(part, Mapping) for part in item):
             if all("name" in part for part in item):
-                yield f"{prefix}{name}", ", ".join(part["name"] for part in item)
+                yield title, ", ".join(part["name"] for part in item)
             else:
-                for place, part in enumerate(item, 1):
-                    yield from _flat(part, f"{prefix}{name} {place}: ")
+                yield from _runs(item, prefix)
         elif isinstance(item, (list, tuple)) and len(item) > 8:
-            yield f"{prefix}{name}", f"{len(item)} values"
+            yield title, f"{len(item)} values"
         else:
-            yield f"{prefix}{name}", item
+            yield title, item
+
+
+def _runs(parts: Sequence[Mapping[str, Any]], prefix: str) -> Any:
+    """What all parts say, then what each says alone."""
+    shared = {name: item for name, item in parts[0].items() if all(part.get(name, ...) == item for part in parts)}
+    yield from _flat(shared, prefix)
+    for place, part in enumerate(parts, 1):
+        yield from _flat({name: item for name, item in part.items() if name not in shared}, f"{prefix}part {place}: ")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 COLOURS = (AFTER, "#d9480f", "#2b8a3e", "#8a63d2", "#c2255c", "#7a6a00")
 CURVES = {"intrinsic-dimension": "two nearest neighbours", "participation-ratio": "participation ratio"}
+FEW = 16
+"""Layers up to which every one has its mark on an axis."""
 ENERGY = {"prompt": ("reading a prompt", AFTER), "decode": ("writing one token", BEFORE)}
 
 Values = Sequence[float]
@@ -63,8 +65,9 @@ def curves_chart(curves: Mapping[str, Values], unit: str, *, bands: Mapping[str,
                                opacity=0.18, line={"width": 0}, hoverinfo="skip", showlegend=False, name=name)
         figure.add_scatter(x=x, y=list(values), name=name, mode="lines+markers", line={"color": colour},
                            hovertemplate=f"layer %{{x}}, {name}: %{{y:.4g}} {unit}<extra></extra>")
-    figure.update_xaxes(title_text="layer")
-    figure.update_yaxes(title_text=unit, zeroline=True)
+    longest = max((len(values) for values in curves.values()), default=0)
+    figure.update_xaxes(title_text="layer", dtick=1 if longest <= FEW else None)
+    figure.update_yaxes(title_text=unit, zeroline=True, exponentformat="power")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
     return plain(figure, 360)
 
@@ -101,6 +104,7 @@ def energy_chart(scores: Scores) -> Figure:
                        marker_color=colour,
                        hovertemplate=f"layer %{{x}}, {name}: %{{y:.4g}} {column.unit}<extra></extra>")
     figure.update_xaxes(title_text="layer", type="category")
-    figure.update_yaxes(title_text=f"{scores['energy:prompt'].unit}, modelled", rangemode="tozero")
+    unit = scores["energy:prompt"].unit if scores.spec.vocabulary else "mJ/place"
+    figure.update_yaxes(title_text=f"{unit}, modelled", rangemode="tozero", exponentformat="power")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}, barmode="group")
     return plain(figure, 340)

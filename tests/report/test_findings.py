@@ -47,6 +47,12 @@ def test_layers_of_a_module_that_cannot_be_taken_away_are_named() -> None:
     assert "layers 3, 4 and 6 carry" in found[0].text and "known of layers 5 and 7" in found[1].text
 
 
+def test_layers_that_suffer_most_are_not_those_that_suffer_least() -> None:
+    narrow = column("quantization-sensitivity:2", RISING[:4])
+    texts = [f.text for f in findings(Scores(random_stack(4).spec, {narrow.name: narrow}))]
+    assert "In 2 bits layers 2 and 3 suffer most, layers 0 and 1 least." in texts
+
+
 def test_instruments_that_contradict_are_uncertain() -> None:
     found = findings(scores(column("leave-one-out", RISING), column("zd", RISING[::-1]), column("lim", RISING)))
     doubt = next(finding for finding in found if not finding.sure)

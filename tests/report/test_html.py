@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from layerwise.measure.scores import Column, Scores
 from layerwise.report.charts import bits_chart, column_chart, rank_chart
+from layerwise.report.html import profile_page
 from layerwise.report.report import Report
 
 Tried = list[dict[str, object]]
@@ -125,3 +127,18 @@ def test_layers_without_a_difference_have_one_shade() -> None:
     assert zero == [round(2 / 3, 6)] * 3 + [None] and nothing == [None] * 4
     assert tied == [2.5 / 4, 1 / 4, 2.5 / 4, 1.0]
     assert low == [1.0, round(2 / 3, 6), round(1 / 3, 6), None]
+
+
+def test_numbers_that_are_not_there_are_blank_and_tables_have_rows(scores: Scores) -> None:
+    unknown = Column("tried", (float("nan"),) * (len(scores.spec.rows) - 1) + (1.5,), "nats", "high", "made up")
+    text = profile_page(replace(scores, columns={**scores.columns, "tried": unknown}), "made up")
+    assert "<td>nan</td>" not in text and "<td></td>" in text and "<td>1.5</td>" in text
+    assert '<th scope="row">embedding</th>' in text
+
+
+def test_what_parts_of_a_measurement_share_is_said_once(scores: Scores) -> None:
+    first = {"data": "wide & deep", "lens_tokens": None, "instruments": [{"name": "zd"}, {"name": "lim"}]}
+    merged = {"merged": [first, {**first, "instruments": [{"name": "taylor"}]}]}
+    text = profile_page(replace(scores, provenance=merged), "made up")
+    assert text.count("wide &amp; deep") == 1 and "lens" not in text.split("Where the numbers come from")[1]
+    assert "part 1: instruments" in text and "zd, lim" in text and "part 2: instruments" in text
