@@ -104,7 +104,7 @@ def _loss_gradient(stack: Stack, item: Input, last: State, count: int) -> Tensor
         with torch.enable_grad():
             hidden = last.hidden.detach().requires_grad_()
             logits_BK = first_tensor(stack.finish(last.moved(hidden, len(stack))))
-            check_classes(logits_BK, len(item.labels_B), "gradients of the loss")
+            check_classes(logits_BK, item.labels_B, "gradients of the loss")
             loss = F.cross_entropy(logits_BK.float(), item.labels_B.to(logits_BK.device), reduction="sum") / count
             return torch.autograd.grad(loss, hidden)[0]
     assert item.tokens_BT is not None

@@ -33,7 +33,7 @@ from layerwise.measure.identity import identity
 from layerwise.measure.inputs import Input, Inputs, fingerprint
 from layerwise.measure.journal import Journal
 from layerwise.measure.memory import enough_memory, out_of_memory
-from layerwise.measure.module_walk import check_labels
+from layerwise.measure.module_walk import check_classes, check_labels
 from layerwise.measure.progress import Progress
 from layerwise.measure.scores import Column, Scores
 from layerwise.stack.base import Stack, first_tensor
@@ -107,7 +107,7 @@ def lacking(stack: Stack, name: str, data: Any = None) -> LayerwiseError | None:
         _check_model(stack, [INSTRUMENTS[name]()])
         if data is not None:
             _check_data(stack, Inputs(stack, data), [INSTRUMENTS[name]()])
-    except (BadOption, BadData) as error:
+    except (BadOption, BadData, BadModel) as error:
         return error
     return None
 
@@ -234,7 +234,20 @@ def _check_data(stack: Stack, inputs: Inputs, chosen: Sequence[Instrument]) -> N
     if not isinstance(stack, DecoderStack):
         wanting = [i for i in chosen if isinstance(i, (Gradient, Intervention)) and i.needs == "labels"]
         if wanting:
-            check_labels(inputs, f"the instrument {wanting[0].name!r} on {stack.name}")
+            what = f"the instrument {wanting[0].name!r} on {stack.name}"
+            check_labels(inputs, what)
+            _check_output(stack, next(iter(inputs)), what)
+
+
+def _check_output(stack: Stack, first: Input, what: str) -> None:
+    """Raise BadModel where what the module says of the first batch is no logits of its classes."""
+    assert first.labels_B is not None
+    try:
+        with torch.inference_mode():
+            logits = first_tensor(stack(*first.args, **first.kwargs))
+    except Exception:  # said better where the pass over all data begins
+        return
+    check_classes(logits, first.labels_B, what)
 
 
 def _check_model(stack: Stack, chosen: Sequence[Instrument]) -> None:

@@ -73,9 +73,16 @@ def check_labels(inputs: Iterable[Input], what: str) -> None:
                       do="give data of several classes: without them a layer that always says one class looks best")
 
 
-def check_classes(logits: Tensor, rows: int, what: str) -> None:
-    """Raise BadModel where an output is not one row of logits, for two classes or more, for each of `rows` labels."""
+def check_classes(logits: Tensor, labels_B: Tensor, what: str) -> None:
+    """Raise BadModel where an output is not a row of logits, for two classes or more, for each label, and BadData for
+    labels of other classes."""
+    rows = len(labels_B)
     if logits.dim() != 2 or len(logits) != rows or logits.shape[1] < 2:
         raise BadModel(f"outputs {list(logits.shape)} for {rows} labels, for {what}",
                        expected="logits [rows, classes] of two classes or more",
                        do="wrap the model so that its first output is the logits, or measure 'skip-effect'")
+    low, high = int(labels_B.min()), int(labels_B.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise BadData(f"labels from {low} to {high} for the {logits.shape[1]} classes of the output, for {what}",
+                      expected=f"labels from 0 to {logits.shape[1] - 1}",
+                      do="number the classes from zero, in the order of the model's outputs")

@@ -63,7 +63,7 @@ def _walk(stack: Stack, inputs: Inputs, instruments: Sequence[Intervention], see
     walk = ModuleWalk(stack, inputs)
     for instrument in instruments:
         if instrument.needs == "labels":
-            check_classes(walk.original.hidden_PC, len(walk.labels_P), repr(instrument.name))
+            check_classes(walk.original.hidden_PC, walk.labels_P, repr(instrument.name))
     return walk
 
 

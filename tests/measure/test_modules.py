@@ -168,6 +168,15 @@ def test_labels_are_asked_for_where_they_are_needed(net: ModuleStack, data: Data
 def test_outputs_of_a_single_class_are_refused(data: Data, name: str) -> None:
     with pytest.raises(BadModel, match="two classes"):
         measure(ModuleStack(Net(1)), data, name, progress=False)
+    assert supported(ModuleStack(Net(1)), [name, "skip-effect"], data) == ["skip-effect"]
+
+
+@pytest.mark.parametrize("name", ["taylor", "leave-one-out"])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_labels_of_classes_that_the_model_does_not_have(net: ModuleStack, data: Data, name: str, batch: int) -> None:
+    wrong = [(x, y + 3 * (place == batch)) for place, (x, y) in enumerate(data)]
+    with pytest.raises(BadData, match=r"labels from \d to 5 for the 3 classes"):
+        measure(net, wrong, name, progress=False)
 
 
 def test_what_counts_as_labels() -> None:
