@@ -30,9 +30,9 @@ from layerwise.measure.base import (
 )
 from layerwise.measure.forward import Pass, forward_pass
 from layerwise.measure.identity import identity
-from layerwise.measure.inputs import Input, Inputs, fingerprint
+from layerwise.measure.inputs import Input, Inputs, fingerprint, try_batch
 from layerwise.measure.journal import Journal
-from layerwise.measure.memory import enough_memory, out_of_memory
+from layerwise.measure.memory import enough_memory
 from layerwise.measure.module_walk import check_classes, check_labels
 from layerwise.measure.progress import Progress
 from layerwise.measure.scores import Column, Scores
@@ -298,22 +298,5 @@ def _calls(stack: Stack, inputs: Inputs | None) -> dict[int, Call]:
             hooks.callback(watch(layer, stack.block(layer)).remove)
         first = next(iter(inputs))
         with enough_memory(stack, "running the first batch"):
-            _try(stack, first)
+            try_batch(stack, first)
     return calls
-
-
-def _try(stack: Stack, first: Input) -> None:
-    try:
-        stack(*first.args, **first.kwargs)
-    except LayerwiseError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        given = [*(("", item) for item in first.args), *((f"{name}=", item) for name, item in first.kwargs.items())]
-        shapes = ", ".join(name + (str(list(item.shape)) if isinstance(item, Tensor) else type(item).__name__)
-                           for name, item in given)
-        raise BadData(f"a first batch ({shapes}) on which {stack.name} fails: {type(error).__name__}: {error}",
-                      expected="batches that its forward pass takes: a tensor, a tuple, or a mapping of names",
-                      do="run the model on one batch in Python first; for text, check the tokenizer's folder"
-                      ) from error

@@ -17,7 +17,8 @@ from torch import Tensor
 from layerwise.data.batch import Batch, check_tokens
 from layerwise.data.module import Batches, Call, calls, labelled
 from layerwise.data.text import TextData
-from layerwise.errors import BadData
+from layerwise.errors import BadData, LayerwiseError
+from layerwise.measure.memory import out_of_memory
 from layerwise.stack.base import Stack, State
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.module import ModuleStack
@@ -129,3 +130,21 @@ def _batch(item: Any) -> Batch:
         raise BadData(f"a batch of {given}", expected="token ids, int64 [rows, tokens]",
                       do="give a TextData, a tensor of token ids, or batches with `input_ids`")
     return Batch(tokens.long(), None if mask is None else mask.bool())
+
+
+def try_batch(stack: Stack, first: Input) -> None:
+    """Run a module on one batch. Raises BadData, with the shapes that were given, where it fails on them."""
+    try:
+        stack(*first.args, **first.kwargs)
+    except LayerwiseError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        given = [*(("", item) for item in first.args), *((f"{name}=", item) for name, item in first.kwargs.items())]
+        shapes = ", ".join(name + (str(list(item.shape)) if isinstance(item, Tensor) else type(item).__name__)
+                           for name, item in given)
+        raise BadData(f"a first batch ({shapes}) on which {stack.name} fails: {type(error).__name__}: {error}",
+                      expected="batches that its forward pass takes: a tensor, a tuple, or a mapping of names",
+                      do="run the model on one batch in Python first; for text, check the tokenizer's folder"
+                      ) from error

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadData
-from layerwise.measure.inputs import Input, Inputs
+from layerwise.measure.inputs import Input, Inputs, try_batch
 from layerwise.measure.sample import real, sample
 from layerwise.measure.seen import Vectors
 from layerwise.nets.decoder import Block
@@ -96,11 +96,14 @@ def similarity(a: Stack, b: Stack, data: Any, points: int = POINTS, seed: int = 
     """CKA of all pairs of layers on `data`, float64 [L, M], and its mean over pairs where tokens are shuffled.
 
     Where the layers of two modules have outputs of different sizes, whole items are compared instead of positions.
-    Raises BadData where the models do not read the same tokens.
+    Raises BadData where the models do not read the same tokens, or a module fails on the data.
     """
     if isinstance(a, DecoderStack) and isinstance(b, DecoderStack) and a.spec.vocabulary != b.spec.vocabulary:
         raise BadData(f"vocabularies of {a.spec.vocabulary} and {b.spec.vocabulary} tokens",
                       expected="two models with one tokenizer", do="compare their tables with --tables-only")
+    for stack in (a, b):
+        if not isinstance(stack, DecoderStack):
+            try_batch(stack, next(iter(Inputs(stack, data))))
     modules = not (isinstance(a, DecoderStack) or isinstance(b, DecoderStack))
     pooled = modules and len(_positions(a, data) | _positions(b, data)) > 1
     one, other = states(a, data, points, seed, pooled), states(b, data, points, seed, pooled)

@@ -79,3 +79,11 @@ def test_modules_of_other_shapes_are_compared_item_by_item() -> None:
         stack(torch.cat(pictures))
     means = [seen[layer, "output"].mean((2, 3)) for layer in range(6)]
     assert torch.allclose(found_LM, cka(means, means), atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [1, 2])
+def test_data_that_one_of_two_modules_cannot_read_is_named(other: int) -> None:
+    fits, wide = (ModuleStack(nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 4)), ["0", "1"]) for width in (6, 7))
+    pair = (fits, wide) if other == 1 else (wide, fits)
+    with pytest.raises(BadData, match=r"a first batch \(\[5, 6\]\) on which Sequential fails"):
+        similarity(*pair, [torch.randn(5, 6)])
