@@ -47,7 +47,7 @@ def _page(scratch: Path) -> str:
 
 def _optimize(run: Path) -> tuple[list[Row], dict[str, dict[str, Any]]]:
     start = time.perf_counter()
-    command = [sys.executable, "-m", "layerwise.cli", "optimize", "smollm2", "--bytes", "55%", "-o", str(run), "--json"]
+    command = [sys.executable, "-m", "layerwise", "optimize", "smollm2", "--bytes", "55%", "-o", str(run), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     seconds = time.perf_counter() - start
     found = json.loads(done.stdout.splitlines()[-1])

@@ -9,7 +9,7 @@ from benchmarks.common import Row, interleaved
 
 HELP, OPEN = 0.5, 1.0
 COMMANDS = {
-    "help": [sys.executable, "-m", "layerwise.cli", "--help"],
+    "help": [sys.executable, "-m", "layerwise", "--help"],
     "torch": [sys.executable, "-c", "import torch"],
     "open": [sys.executable, "-c", "import layerwise as lw; lw.open('smollm2')"],
 }

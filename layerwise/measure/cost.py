@@ -3,7 +3,8 @@
 Parameters, bytes and operations follow from the row; times are medians on this machine after a warm-up.
 Operations count a multiplication and an addition as two; attention counts the keys that an average token of
 a prompt of `prompt` tokens sees. Layers of a module that layerwise did not build are counted and timed on
-the first batch of the data; their decode time is nan.
+the first batch of the data; their decode time is nan. Where the processor shows its counters (see `counters.py`), the
+pass that is timed is counted once as well: bytes fetched from memory are then measured instead of derived.
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ from typing import ClassVar
 import torch
 
 from layerwise.measure.base import Call, PerLayer
+from layerwise.measure.counters import LINE_BYTES, Counters, counted
 from layerwise.measure.seen import Vectors
 from layerwise.measure.timing import median_seconds
 from layerwise.spec import Attention, LayerSpec, StateSpace
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import Caches, DecoderStack
+
+COUNTED = {"cycles": ("cycles", "", 1), "instructions": ("instructions", "", 1),
+           "cache-misses": ("memory-bytes", "bytes", LINE_BYTES)}
+"""Column, unit and factor of each hardware event."""
 
 
 def flops(row: LayerSpec, hidden: int, prompt: int) -> float:
@@ -45,7 +51,8 @@ def flops(row: LayerSpec, hidden: int, prompt: int) -> float:
 
 @dataclass(frozen=True)
 class Cost(PerLayer):
-    """Columns `parameters`, `bytes`, `flops`, `prefill-ms` and `decode-ms`.
+    """Columns `parameters`, `bytes`, `flops`, `prefill-ms` and `decode-ms`, on processors that count for a user's
+    process also `cycles`, `instructions` and `memory-bytes` of the prefill.
 
     Prefill is one prompt of `prompt` tokens (at most the context), decode one further token after it.
     `repeats` measurements follow a warm-up; `cold` empties the processor's caches before each.
@@ -62,8 +69,9 @@ class Cost(PerLayer):
 
     @property
     def parts(self) -> Mapping[str, str]:
-        return {"parameters": "parameters", "bytes": "bytes", "flops": "FLOP/token", "prefill-ms": "ms",
-                "decode-ms": "ms"}
+        fixed = {"parameters": "parameters", "bytes": "bytes", "flops": "FLOP/token", "prefill-ms": "ms",
+                 "decode-ms": "ms"}
+        return fixed | {COUNTED[event][0]: COUNTED[event][1] for event in counted() if event in COUNTED}
 
     def of(self, stack: Stack, layer: int, call: Call | None) -> Mapping[str, float]:
         row, hidden = stack.spec.rows[layer], stack.spec.hidden
@@ -83,13 +91,14 @@ class Cost(PerLayer):
         tokens_1T = torch.randint(stack.spec.vocabulary, (1, prompt), generator=generator)
         one = slice(layer, layer + 1)
         state = stack.start(tokens_1T)
-        prefill = self._time(stack, lambda: stack.run(state.moved(state.hidden, layer), one))
+        work = lambda: stack.run(state.moved(state.hidden, layer), one)  # noqa: E731
+        prefill = self._time(stack, work)
         caches: Caches = {}
         stack.run(stack.start(tokens_1T, caches=caches), one)
         steps = iter([stack.start(tokens_1T[:, -1:], caches=caches) for _ in range(self.repeats + 1)])
         decode = self._time(stack, lambda: stack.run(next(steps), one))
         return {"flops": flops(stack.spec.rows[layer], stack.spec.hidden, prompt),
-                "prefill-ms": prefill, "decode-ms": decode}
+                "prefill-ms": prefill, "decode-ms": decode, **_counts(stack, work)}
 
     def _module(self, stack: Stack, call: Call) -> dict[str, float]:
         from torch.utils.flop_counter import FlopCounterMode
@@ -97,8 +106,19 @@ class Cost(PerLayer):
         with FlopCounterMode(display=False) as counter:
             call.run()
         tokens = math.prod(Vectors(call.hidden).x_BTC.shape[:2])
-        return {"flops": counter.get_total_flops() / tokens, "prefill-ms": self._time(stack, call.run)}
+        return {"flops": counter.get_total_flops() / tokens, "prefill-ms": self._time(stack, call.run),
+                **_counts(stack, call.run)}
 
     def _time(self, stack: Stack, call: Callable[[], object]) -> float:
         """Median milliseconds."""
         return 1e3 * median_seconds(call, self.repeats, stack.device, cold=self.cold)
+
+
+def _counts(stack: Stack, work: Callable[[], object]) -> dict[str, float]:
+    """What the processor counts during one run; nothing for an accelerator or where it shows no counters."""
+    events = [event for event in counted() if event in COUNTED] if stack.device.type == "cpu" else []
+    if not events:
+        return {}
+    with Counters(events) as counters:
+        work()
+    return {COUNTED[event][0]: float(counters.counts[event] * COUNTED[event][2]) for event in events}

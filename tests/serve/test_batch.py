@@ -115,7 +115,7 @@ def test_a_file_with_nothing_in_it_is_an_error(tmp_path: Path, content: str | No
 def test_a_killed_batch_goes_on_without_losing_or_repeating_a_line(tmp_path: Path, tiny_folder: Path) -> None:
     count = 60
     write(tmp_path, [{"prompt": f"{number} times", "max_tokens": 20, "ignore_eos": True} for number in range(count)])
-    command = [sys.executable, "-m", "layerwise.cli", "batch", "in.jsonl", "-o", "out.jsonl", "-m", str(tiny_folder),
+    command = [sys.executable, "-m", "layerwise", "batch", "in.jsonl", "-o", "out.jsonl", "-m", str(tiny_folder),
                "--running", "1"]
     partial = tmp_path / ".out.jsonl.partial"
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 @contextmanager
 def process(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`layerwise serve` as a user starts it, and its address."""
-    command = [sys.executable, "-m", "layerwise.cli", "serve", str(model), "--port", "0", *options]
+    command = [sys.executable, "-m", "layerwise", "serve", str(model), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}) as running:
         try:

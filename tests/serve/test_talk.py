@@ -90,7 +90,7 @@ class Terminal:
     def __init__(self, *command: str) -> None:
         self._ours, theirs = os.openpty()
         self.running = subprocess.Popen(
-            [sys.executable, "-m", "layerwise.cli", *command], stdin=theirs, stdout=theirs, stderr=theirs,
+            [sys.executable, "-m", "layerwise", *command], stdin=theirs, stdout=theirs, stderr=theirs,
             start_new_session=True, preexec_fn=_at_a_terminal,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm"})
         os.close(theirs)

@@ -1,4 +1,4 @@
-"""`python -m layerwise.cli` is the command line."""
+"""`python -m layerwise` is the command line."""
 
 from layerwise.cli import main
 
