@@ -1,6 +1,6 @@
 /* Attention of few new tokens of many sequences whose keys and values lie in blocks of slots.
 
-   Queries and keys are rotated, new keys and values go to their slots, and every head of every token attends to the
+   Queries and keys are normed head by head where there are norms, and rotated, new keys and values go to their slots, and every head of every token attends to the
    slots that it sees, wherever their blocks lie: nothing is gathered. Softmax and sums are in float32. */
 
 #include "native.h"
@@ -9,16 +9,21 @@
 
 enum { WIDEST = 512 };
 
-/* to = x turned by the angles of one token; x and to hold `width` numbers. */
-INLINE void turn(const Shape *a, const void *x, int64_t at, const void *cos, const void *sin, int64_t token, float *to,
-                 int half) {
+/* to = x normed by `weight`, if any, and turned by the angles of one token; x and to hold `width` numbers. */
+INLINE void turn(const Shape *a, const void *x, int64_t at, const float *weight, float eps, const void *cos,
+                 const void *sin, int64_t token, float *to, int half) {
     const int64_t turning = a->turning, middle = turning / 2;
-    for (int64_t i = 0; i < turning; i++) {
-        const int64_t other = i < middle ? i + middle : i - middle;
-        to[i] = get(x, at + i, half) * get(cos, token * turning + i, half) +
-                get(x, at + other, half) * get(sin, token * turning + i, half);
+    float plain[WIDEST], squares = 0;
+    for (int64_t i = 0; i < a->width; i++) plain[i] = get(x, at + i, half);
+    if (weight) {
+        for (int64_t i = 0; i < a->width; i++) squares += plain[i] * plain[i];
+        const float inverse = 1 / sqrtf(squares / (float)a->width + eps);
+        for (int64_t i = 0; i < a->width; i++) plain[i] *= inverse * weight[i];
     }
-    for (int64_t i = turning; i < a->width; i++) to[i] = get(x, at + i, half);
+    for (int64_t i = 0; i < turning; i++)
+        to[i] = plain[i] * get(cos, token * turning + i, half) +
+                plain[i < middle ? i + middle : i - middle] * get(sin, token * turning + i, half);
+    for (int64_t i = turning; i < a->width; i++) to[i] = plain[i];
 }
 
 /* One head of one token; `logits` has room for all slots of its sequence. */
@@ -67,20 +72,21 @@ INLINE void head(const Shape *a, const Places *p, const float *q, const void *k,
     for (int64_t i = 0; i < width; i++) put(out, out_at + i, sum[i / LANES][i % LANES] / total, half);
 }
 
-INLINE int attend_in(const Shape *a, const Places *p, int64_t tokens, const void *qkv, const void *cos, const void *sin,
-                     void *k, void *v, void *out, int half, int threads) {
+INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
+                     const void *cos, const void *sin, void *k, void *v, void *out, int half, int threads) {
     const int64_t width = a->width, all = a->heads + 2 * a->kv_heads, group = a->heads / a->kv_heads;
     int64_t longest = 0;
     for (int64_t t = 0; t < tokens; t++) longest = p->place[t] >= longest ? p->place[t] + 1 : longest;
     const int64_t queries = tokens * a->heads * width;
     float *q = malloc((queries + threads * longest) * sizeof *q), turned[WIDEST];
+    const float *q_norm = norms ? norms->q : NULL, *k_norm = norms ? norms->k : NULL, eps = norms ? norms->eps : 0;
     if (!q) return 1;
     for (int64_t t = 0; t < tokens; t++) {
         for (int64_t h = 0; h < a->heads; h++)
-            turn(a, qkv, (t * all + h) * width, cos, sin, t, q + (t * a->heads + h) * width, half);
+            turn(a, qkv, (t * all + h) * width, q_norm, eps, cos, sin, t, q + (t * a->heads + h) * width, half);
         for (int64_t h = 0; h < a->kv_heads; h++) {
             const int64_t to = (h * a->slots + p->slot[t]) * width, from = (t * all + a->heads + h) * width;
-            turn(a, qkv, from, cos, sin, t, turned, half);
+            turn(a, qkv, from, k_norm, eps, cos, sin, t, turned, half);
             for (int64_t i = 0; i < width; i++) {
                 put(k, to + i, turned[i], half);
                 put(v, to + i, get(qkv, from + a->kv_heads * width + i, half), half);
@@ -100,8 +106,8 @@ INLINE int attend_in(const Shape *a, const Places *p, int64_t tokens, const void
 
 /* qkv [tokens, heads + 2 kv_heads, width], where width is a multiple of 8 and at most 512; cos, sin [tokens, turning];
    k, v [kv_heads, slots, width]; out [tokens, heads, width]. Gives 0, or 1 where memory ran out. */
-int attend(const Shape *a, const Places *p, int64_t tokens, const void *qkv, const void *cos, const void *sin, void *k,
-           void *v, void *out, int half, int threads) {
-    return half ? attend_in(a, p, tokens, qkv, cos, sin, k, v, out, 1, threads)
-                : attend_in(a, p, tokens, qkv, cos, sin, k, v, out, 0, threads);
+int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
+           const void *sin, void *k, void *v, void *out, int half, int threads) {
+    return half ? attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 1, threads)
+                : attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, threads);
 }

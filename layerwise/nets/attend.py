@@ -1,4 +1,5 @@
-"""Attention of few new tokens straight from blocks of slots, in one call: rotation, writing to the pools, softmax.
+"""Attention of few new tokens straight from blocks of slots, in one call: norms and rotation, writing to the pools,
+softmax.
 
 Shapes: N tokens, R sequences, M blocks of the longest, H query heads, K key heads, S slots of a pool, D head width.
 """
@@ -39,6 +40,19 @@ class _Shape(ctypes.Structure):
         (name, c_float) for name in ("scale", "softcap")]
 
 
+class _HeadNorms(ctypes.Structure):
+    _fields_ = [("q", c_void_p), ("k", c_void_p), ("eps", c_float)]
+
+
+class HeadNorms:
+    """Norms of every head of queries and of keys: what they multiply with, float32 [D], and epsilon."""
+
+    def __init__(self, q_D: Tensor, k_D: Tensor, eps: float) -> None:
+        self._kept = q_D, k_D
+        self._struct = _HeadNorms(q_D.data_ptr(), k_D.data_ptr(), eps)
+        self.address = ctypes.addressof(self._struct)
+
+
 class Pages:
     """The pools of one layer, [K, S, D], and how its new tokens attend to them.
 
@@ -60,20 +74,21 @@ class Pages:
 
 def attends(a: Attention, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `attend` can do this attention."""
-    return (device.type == "cpu" and dtype in DTYPES and a.head_dim % 8 == 0 and a.head_dim <= WIDEST and not a.qk_norm
+    return (device.type == "cpu" and dtype in DTYPES and a.head_dim % 8 == 0 and a.head_dim <= WIDEST
             and library() is not None)
 
 
-def attend(qkv_NA: Tensor, pages: Pages) -> Tensor:
+def attend(qkv_NA: Tensor, pages: Pages, norms: HeadNorms | None = None) -> Tensor:
     """What tokens get from all slots they see, [N, H D], after their own keys and values went to the pools.
 
-    `qkv_NA` holds heads of queries, keys and values that are not rotated yet.
+    `qkv_NA` holds heads of queries, keys and values that are not normed and rotated yet.
     """
     found = library()
     assert found is not None
     tokens, qkv_NA = len(qkv_NA), qkv_NA.contiguous()
     out_ND = qkv_NA.new_empty(tokens, pages.out)
-    if found.attend(pages.shape, pages.places, tokens, qkv_NA.data_ptr(), pages.cos, pages.sin, pages.k, pages.v,
-                    out_ND.data_ptr(), DTYPES[qkv_NA.dtype], torch.get_num_threads()):
+    if found.attend(pages.shape, pages.places, None if norms is None else norms.address, tokens, qkv_NA.data_ptr(),
+                    pages.cos, pages.sin, pages.k, pages.v, out_ND.data_ptr(), DTYPES[qkv_NA.dtype],
+                    torch.get_num_threads()):
         raise MemoryError(f"no memory for the attention of {tokens} tokens")
     return out_ND

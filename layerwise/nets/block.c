@@ -1,19 +1,33 @@
-/* A whole block for few tokens: x + attention(norm x), then x + down(silu(gate(norm x)) * up(norm x)). */
+/* A whole block for few tokens: x + attention(norm x), then x + down(activation(gate(norm x)) * up(norm x)); what a half
+   writes is normed once more where the block has norms behind its halves. */
 
 #include "native.h"
 
 typedef struct {
-    const Matrix *qkv, *o, *gate_up, *down;
-    const float *qkv_bias, *o_bias, *attention_norm, *feed_forward_norm;
-    int64_t hidden, inner;
-    float attention_eps, feed_forward_eps;
+    Joined qkv, gate_up;
+    const Matrix *o, *down;
+    const float *o_bias, *attention_norm, *feed_forward_norm, *attention_post, *feed_forward_post; /* post may be NULL */
+    const HeadNorms *heads;
+    int64_t hidden, inner, activation;
+    float eps;
 } Block;
 
-static void add(const void *x, const void *y, int64_t count, void *to, int half) {
+static int joined_product(const Joined *w, const void *x, int64_t rows, char *y, int half, int threads) {
+    int64_t stride = 0;
+    for (int i = 0; i < 3 && w->parts[i]; i++) stride += w->parts[i]->outputs;
+    int failed = 0;
+    for (int i = 0; i < 3 && w->parts[i]; y += w->parts[i++]->outputs * (half ? 2 : 4))
+        failed |= packed_product(w->parts[i], x, rows, w->bias[i], y, stride, half, threads);
+    return failed;
+}
+
+/* to = x + y, y normed first where there is a norm for it; `to` may be x, and y is lost. */
+static void add(const void *x, void *y, const float *norm, float eps, int64_t rows, int64_t width, void *to, int half) {
+    if (norm) rms_norm(y, norm, rows, width, eps, y, half);
     if (half)
-        for (int64_t i = 0; i < count; i++) put(to, i, get(x, i, 1) + get(y, i, 1), 1);
+        for (int64_t i = 0; i < rows * width; i++) put(to, i, get(x, i, 1) + get(y, i, 1), 1);
     else
-        for (int64_t i = 0; i < count; i++) put(to, i, get(x, i, 0) + get(y, i, 0), 0);
+        for (int64_t i = 0; i < rows * width; i++) put(to, i, get(x, i, 0) + get(y, i, 0), 0);
 }
 
 /* x, y [tokens, hidden]; the rest as in `attend`. Gives 0, or 1 where memory ran out. */
@@ -25,16 +39,16 @@ int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, 
     char *normed = malloc(tokens * (hidden + wide + narrow) * size);
     if (!normed) return 1;
     char *joined = normed + tokens * hidden * size, *mixed = joined + tokens * wide * size;
-    rms_norm(x, b->attention_norm, tokens, hidden, b->attention_eps, normed, half);
-    int failed = packed_product(b->qkv, normed, tokens, b->qkv_bias, joined, half, threads);
-    failed |= attend(a, p, tokens, joined, cos, sin, k, v, mixed, half, threads);
-    failed |= packed_product(b->o, mixed, tokens, b->o_bias, normed, half, threads);
-    add(x, normed, tokens * hidden, y, half);
-    rms_norm(y, b->feed_forward_norm, tokens, hidden, b->feed_forward_eps, normed, half);
-    failed |= packed_product(b->gate_up, normed, tokens, NULL, joined, half, threads);
-    silu_times(joined, tokens, b->inner, mixed, half);
-    failed |= packed_product(b->down, mixed, tokens, NULL, normed, half, threads);
-    add(y, normed, tokens * hidden, y, half);
+    rms_norm(x, b->attention_norm, tokens, hidden, b->eps, normed, half);
+    int failed = joined_product(&b->qkv, normed, tokens, joined, half, threads);
+    failed |= attend(a, p, b->heads, tokens, joined, cos, sin, k, v, mixed, half, threads);
+    failed |= packed_product(b->o, mixed, tokens, b->o_bias, normed, hidden, half, threads);
+    add(x, normed, b->attention_post, b->eps, tokens, hidden, y, half);
+    rms_norm(y, b->feed_forward_norm, tokens, hidden, b->eps, normed, half);
+    failed |= joined_product(&b->gate_up, normed, tokens, joined, half, threads);
+    gate_times(joined, tokens, b->inner, mixed, (int)b->activation, half);
+    failed |= packed_product(b->down, mixed, tokens, NULL, normed, hidden, half, threads);
+    add(y, normed, b->feed_forward_post, b->eps, tokens, hidden, y, half);
     free(normed);
     return failed;
 }

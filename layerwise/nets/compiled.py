@@ -44,12 +44,12 @@ def library() -> ctypes.CDLL | None:
             found = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError):
         return None
-    found.packed_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int]
+    found.packed_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int]
     found.rms_norm.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int]
-    found.silu_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int]
-    found.attend.argtypes = [c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int]
+    found.gate_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int]
+    found.attend.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int]
     found.block_step.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int]
-    found.rms_norm.restype = found.silu_times.restype = None
+    found.rms_norm.restype = found.gate_times.restype = None
     return found
 
 

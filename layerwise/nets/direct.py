@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.nets import native
+from layerwise.nets.attend import HeadNorms, attend
+from layerwise.nets.attention import Attention
 from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.feed_forward import FeedForward
+from layerwise.nets.flow import Flow
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedEmbedding, PackedLinear
 
@@ -119,6 +122,21 @@ class DirectFeedForward(Direct, FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         joined = self._modules.get("gate_up")
         few = x.numel() <= FEW_TOKENS * x.shape[-1] and x.dtype in DTYPES and x.device.type == "cpu"
-        if joined is None or not few or self.spec.activation != "silu" or library() is None:
+        if joined is None or not few or self.spec.activation not in native.ACTIVATIONS or library() is None:
             return super().forward(x)
-        return self.down(native.silu_times(joined(x)))  # type: ignore[no-any-return]
+        return self.down(native.gate_times(joined(x), self.spec.activation))  # type: ignore[no-any-return]
+
+
+class DirectAttention(Direct, Attention):
+    """Attention without hooks; where the flow can, all between its products is one call."""
+
+    norms: HeadNorms | None = None
+
+    def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
+        known = self.spec.shares is None and (self.norms is not None or not self.spec.qk_norm)
+        pages = flow.pages(self.spec, layer, x_BTC.dtype) if known else None
+        if pages is None:
+            return super().forward(x_BTC, flow, layer)
+        joined = self._modules.get("qkv")
+        qkv_BTA = torch.cat([self.q(x_BTC), self.k(x_BTC), self.v(x_BTC)], -1) if joined is None else joined(x_BTC)
+        return self.o(attend(qkv_BTA[0], pages, self.norms)[None])  # type: ignore[no-any-return]

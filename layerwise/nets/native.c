@@ -181,8 +181,9 @@ static void outputs_of(const Matrix *w, int64_t o, int rows, const Fixed x, floa
     else { OF_KIND(4); }
 }
 
-/* y = x w' + bias; x [rows, inputs], y [rows, outputs]. Gives 0, or 1 where memory ran out. */
-int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int half, int threads) {
+/* y = x w' + bias; x [rows, inputs], y [rows, outputs] with rows `stride` apart. Gives 0, or 1 where memory ran out. */
+int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
+                   int threads) {
     const int64_t inputs = w->inputs, outputs = w->outputs, groups = inputs / w->group;
     const int64_t whole = (groups + CHUNK - 1) / CHUNK * CHUNK;
     int16_t *fixed = malloc(rows * (inputs * sizeof(int16_t) + 2 * whole * sizeof(float)));
@@ -202,7 +203,7 @@ int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bi
             float of_rows[MOST_ROWS];
             const Fixed part = {fixed + m * inputs, step + m * whole, sum + m * whole, groups, whole};
             outputs_of(w, o, some, part, of_rows);
-            for (int r = 0; r < some; r++) put(y, (m + r) * outputs + o, of_rows[r] + (bias ? bias[o] : 0), half);
+            for (int r = 0; r < some; r++) put(y, (m + r) * stride + o, of_rows[r] + (bias ? bias[o] : 0), half);
         }
     free(fixed);
     return 0;
@@ -231,7 +232,13 @@ void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, f
     else norm_in(x, weight, rows, width, eps, y, 0);
 }
 
-INLINE void gate_in(const void *x, int64_t rows, int64_t width, void *y, int half) {
+/* silu x = x / (1 + exp -x); gelu x = x / (1 + exp -2u), where u = sqrt(2 / pi) (x + 0.044715 x^3). */
+INLINE floats activated(floats x, int activation) {
+    const floats power = activation == SILU ? x : x * (1.59576912f + 0.0713548162f * x * x);
+    return x / (1.0f + exp_of(-power));
+}
+
+INLINE void gate_in(const void *x, int64_t rows, int64_t width, void *y, int activation, int half) {
     for (int64_t m = 0; m < rows; m++)
         for (int64_t i = 0; i < width; i += LANES) {
             const int64_t gate = 2 * m * width + i, up = gate + width, count = width - i < LANES ? width - i : LANES;
@@ -239,13 +246,13 @@ INLINE void gate_in(const void *x, int64_t rows, int64_t width, void *y, int hal
             if (count == LANES) g = get_four(x, gate, half), u = get_four(x, up, half);
             else
                 for (int j = 0; j < count; j++) g[j] = get(x, gate + j, half), u[j] = get(x, up + j, half);
-            const floats product = g / (1.0f + exp_of(-g)) * u;
+            const floats product = activated(g, activation) * u;
             for (int j = 0; j < count; j++) put(y, m * width + i + j, product[j], half);
         }
 }
 
-/* y = silu(gate) * up; x holds gate and then up in every row, [rows, 2 * width]. */
-void silu_times(const void *x, int64_t rows, int64_t width, void *y, int half) {
-    if (half) gate_in(x, rows, width, y, 1);
-    else gate_in(x, rows, width, y, 0);
+/* y = activation(gate) * up; x holds gate and then up in every row, [rows, 2 * width]. */
+void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half) {
+    if (half) gate_in(x, rows, width, y, activation, 1);
+    else gate_in(x, rows, width, y, activation, 0);
 }

@@ -70,6 +70,17 @@ typedef struct {
     int64_t outputs, inputs, group, kind;
 } Matrix;
 
+/* Matrices that read the same input, their outputs side by side; places that are not needed hold NULL. */
+typedef struct {
+    const Matrix *parts[3];
+    const float *bias[3];
+} Joined;
+
+typedef struct {
+    const float *q, *k; /* [width]; the norm of every head of queries and of keys */
+    float eps;
+} HeadNorms;
+
 typedef struct {
     int64_t heads, kv_heads, width, turning; /* of `width` channels the first `turning` rotate */
     int64_t slots, block, window;            /* of a pool, of a block, seen at most; window 0: all */
@@ -85,8 +96,11 @@ typedef struct {
     int64_t columns;
 } Places;
 
-int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int half, int threads);
+enum { SILU, GELU_TANH };
+
+int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
+                   int threads);
 void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half);
-void silu_times(const void *x, int64_t rows, int64_t width, void *y, int half);
-int attend(const Shape *a, const Places *p, int64_t tokens, const void *qkv, const void *cos, const void *sin, void *k,
-           void *v, void *out, int half, int threads);
+void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half);
+int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
+           const void *sin, void *k, void *v, void *out, int half, int threads);

@@ -20,6 +20,8 @@ from layerwise.spec import Format
 
 GROUPS = (256, 128, 64, 32)
 NIBBLES, BYTES, SIGNED_BYTES = 4, 8, -8
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+"""What a gate may do in the compiled functions, and how they are told."""
 
 
 class _Matrix(ctypes.Structure):
@@ -94,7 +96,7 @@ class NativeMatrix:
         multiply, matrix, outputs = self._call
         y_MO = x_MI.new_empty(rows, outputs)
         if multiply(matrix, x_MI.data_ptr(), rows, None if bias_O is None else bias_O.data_ptr(), y_MO.data_ptr(),
-                    DTYPES[x_MI.dtype], torch.get_num_threads()):
+                    outputs, DTYPES[x_MI.dtype], torch.get_num_threads()):
             raise MemoryError(f"no memory for {rows} rows of {inputs} inputs")
         return y_MO
 
@@ -120,14 +122,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def silu_times(x: Tensor) -> Tensor:
-    """silu(gate) * up; gate and up are the halves of the last dimension of x, float32 or bfloat16."""
+def gate_times(x: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up; gate and up are the halves of the last dimension of x, float32 or bfloat16.
+
+    `activation` is one of `ACTIVATIONS`.
+    """
     found = library()
     assert found is not None
     x = x.contiguous()
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
-    found.silu_times(x.data_ptr(), y.numel() // width, width, y.data_ptr(), DTYPES[x.dtype])
+    found.gate_times(x.data_ptr(), y.numel() // width, width, y.data_ptr(), ACTIVATIONS[activation], DTYPES[x.dtype])
     return y
 
 

@@ -17,12 +17,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from layerwise.nets.attend import attend
+from layerwise.nets.attend import HeadNorms
 from layerwise.nets.attention import Attention
 from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.decoder import Block, Branch, shallow
 from layerwise.nets.dense import Dense
-from layerwise.nets.direct import Direct, DirectFeedForward, FastRMSNorm, LaidOutLinear, NativeRMSNorm, PrepackedLinear
+from layerwise.nets.direct import (
+    Direct,
+    DirectAttention,
+    DirectFeedForward,
+    FastRMSNorm,
+    LaidOutLinear,
+    NativeRMSNorm,
+    PrepackedLinear,
+)
 from layerwise.nets.feed_forward import Experts, FeedForward
 from layerwise.nets.flow import Flow
 from layerwise.nets.native import NativeMatrix
@@ -49,17 +57,6 @@ class DirectBlock(Direct, Block):
 
 class DirectBranch(Direct, Branch):
     """Half a block without hooks."""
-
-
-class DirectAttention(Direct, Attention):
-    """Attention without hooks; where the flow can, all between its two products is one call."""
-
-    def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
-        joined = self._modules.get("qkv")
-        pages = None if joined is None else flow.pages(self.spec, layer, x_BTC.dtype)
-        if joined is None or pages is None:
-            return super().forward(x_BTC, flow, layer)
-        return self.o(attend(joined(x_BTC)[0], pages)[None])  # type: ignore[no-any-return]
 
 
 DIRECT: dict[type[nn.Module], type[nn.Module]] = {
@@ -125,11 +122,21 @@ def _branch(branch: Branch | None, wide: torch.dtype | None) -> Branch | None:
         _join(new.body, "gate_up", ("gate", "up"))
     for name, child in list(new.body.named_children()):
         if isinstance(child, RMSNorm | nn.LayerNorm):
-            setattr(new.body, name, child if wide is None else prepare_norm(child, wide))
+            setattr(new.body, name, prepare_norm(child, wide))
         else:
             setattr(new.body, name, prepare_linear(child, wide))
     _direct(new.body)
+    if isinstance(new.body, DirectAttention):
+        new.body.norms = _head_norms(new.body)
     return _direct(new)
+
+
+def _head_norms(attention: Attention) -> HeadNorms | None:
+    """The norms of queries and keys for the compiled function; None where there are none, or of another kind."""
+    q, k = (attention._modules.get(name) for name in ("q_norm", "k_norm"))
+    if not isinstance(q, NativeRMSNorm) or not isinstance(k, NativeRMSNorm):
+        return None
+    return HeadNorms(q.weight, k.weight, q.eps)
 
 
 def _join(body: nn.Module, name: str, parts: Sequence[str]) -> None:

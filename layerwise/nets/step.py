@@ -6,56 +6,65 @@ Shapes: N tokens, C hidden width.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.nets.attend import Pages
-from layerwise.nets.attention import Attention
 from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.decoder import Block
-from layerwise.nets.direct import FEW_TOKENS, LaidOutLinear, NativeRMSNorm
+from layerwise.nets.direct import FEW_TOKENS, DirectAttention, LaidOutLinear, NativeRMSNorm
 from layerwise.nets.feed_forward import FeedForward
-from layerwise.nets.native import NativeMatrix
-from layerwise.spec import Attention as AttentionSpec
+from layerwise.nets.native import ACTIVATIONS, NativeMatrix
+
+
+class _Joined(ctypes.Structure):
+    _fields_ = [("parts", c_void_p * 3), ("bias", c_void_p * 3)]
 
 
 class _Block(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("qkv", "o", "gate_up", "down", "qkv_bias", "o_bias", "attention_norm",
-                                              "feed_forward_norm")] + [
-        (name, c_int64) for name in ("hidden", "inner")] + [
-        (name, c_float) for name in ("attention_eps", "feed_forward_eps")]
+    _fields_ = [("qkv", _Joined), ("gate_up", _Joined)] + [
+        (name, c_void_p) for name in ("o", "down", "o_bias", "attention_norm", "feed_forward_norm", "attention_post",
+                                      "feed_forward_post", "heads")] + [
+        (name, c_int64) for name in ("hidden", "inner", "activation")] + [("eps", c_float)]
 
 
 class Step:
     """What the block computes for at most `FEW_TOKENS` tokens whose keys lie in `Pages`."""
 
-    def __init__(self, attention: AttentionSpec, layers: list[LaidOutLinear], norms: list[NativeRMSNorm]) -> None:
-        self.attention, self._kept = attention, (layers, norms)
-        matrices = [layer.tiled for layer in layers]
-        hidden, inner = layers[0].in_features, layers[3].in_features
-        biases = [None if layer.bias_O is None else layer.bias_O.data_ptr() for layer in layers[:2]]
-        self._struct = _Block(*(matrix.address for matrix in matrices if isinstance(matrix, NativeMatrix)), *biases,
-                              *(norm.weight.data_ptr() for norm in norms), hidden, inner, *(norm.eps for norm in norms))
+    def __init__(self, attention: DirectAttention, feed_forward: FeedForward,
+                 norms: list[NativeRMSNorm | None]) -> None:
+        self.attention = attention.spec
+        qkv, gate_up = _parts(attention, ("qkv", "q", "k", "v")), _parts(feed_forward, ("gate_up", "gate", "up"))
+        (o,), (down,) = _parts(attention, ("o",)), _parts(feed_forward, ("down",))
+        self._kept = qkv, gate_up, o, down, norms, attention.norms
+        hidden, first = qkv[0].in_features, norms[0]
+        assert first is not None
+        self._struct = _Block(
+            _joined(qkv), _joined(gate_up), _address(o), _address(down), _bias(o),
+            *(None if norm is None else norm.weight.data_ptr() for norm in norms),
+            None if attention.norms is None else attention.norms.address, hidden, down.in_features,
+            ACTIVATIONS[feed_forward.spec.activation], first.eps)
         self._address, self.most = ctypes.addressof(self._struct), FEW_TOKENS * hidden
 
     @staticmethod
     def of(block: Block) -> Step | None:
         """The step of a prepared block; None where it has parts that the compiled function does not know."""
-        attention, feed_forward = block.attention, block.feed_forward
-        if attention is None or feed_forward is None or attention.post_norm or feed_forward.post_norm:
+        if block.attention is None or block.feed_forward is None:
             return None
-        mixer, body = attention.body, feed_forward.body
-        if not isinstance(mixer, Attention) or not isinstance(body, FeedForward) or body.spec.activation != "silu":
+        mixer, body = block.attention.body, block.feed_forward.body
+        if not isinstance(mixer, DirectAttention) or not isinstance(body, FeedForward):
             return None
-        parts: list[nn.Module | None] = [mixer._modules.get("qkv"), mixer._modules.get("o"),
-                                         body._modules.get("gate_up"), body._modules.get("down")]
-        layers = [part for part in parts if isinstance(part, LaidOutLinear) and _whole(part)]
-        norms = [norm for norm in (attention.norm, feed_forward.norm) if isinstance(norm, NativeRMSNorm)]
-        if len(layers) < 4 or len(norms) < 2 or any(layer.bias_O is not None for layer in layers[2:]):
+        norms = [block.attention.norm, block.feed_forward.norm, block.attention.post_norm, block.feed_forward.post_norm]
+        known = [norm for norm in norms if norm is None or isinstance(norm, NativeRMSNorm)]
+        if (mixer.spec.shares is not None or (mixer.spec.qk_norm and mixer.norms is None)
+                or not body.spec.gated or body.spec.bias or body.spec.activation not in ACTIVATIONS
+                or len(known) < len(norms) or not all(map(_whole, _matrices(mixer) + _matrices(body)))):
             return None
-        return Step(mixer.spec, layers, norms)
+        return Step(mixer, body, known)
 
     def __call__(self, x_NC: Tensor, pages: Pages) -> Tensor:
         """The block's output, [N, C]."""
@@ -69,6 +78,30 @@ class Step:
         return y_NC
 
 
-def _whole(layer: LaidOutLinear) -> bool:
-    """Whether the compiled product reads the layer's inputs as they are, without padding."""
-    return isinstance(layer.tiled, NativeMatrix) and layer.tiled.inputs == layer.in_features
+def _parts(body: nn.Module, names: Sequence[str]) -> list[LaidOutLinear]:
+    """The layers of those names that are there."""
+    return [cast(LaidOutLinear, body._modules[name]) for name in names if name in body._modules]
+
+
+def _matrices(body: nn.Module) -> list[nn.Module]:
+    """All that multiplies in half a block."""
+    return [part for part in body.children() if not isinstance(part, NativeRMSNorm)]
+
+
+def _whole(layer: nn.Module) -> bool:
+    """Whether the compiled product knows the layer and reads its inputs as they are, without padding."""
+    return (isinstance(layer, LaidOutLinear) and isinstance(layer.tiled, NativeMatrix)
+            and layer.tiled.inputs == layer.in_features)
+
+
+def _joined(layers: Sequence[LaidOutLinear]) -> _Joined:
+    rest = [None] * (3 - len(layers))
+    return _Joined((c_void_p * 3)(*map(_address, layers), *rest), (c_void_p * 3)(*map(_bias, layers), *rest))
+
+
+def _address(layer: LaidOutLinear) -> int:
+    return cast(NativeMatrix, layer.tiled).address
+
+
+def _bias(layer: LaidOutLinear) -> int | None:
+    return None if layer.bias_O is None else layer.bias_O.data_ptr()

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.nets.attend import Pages, Places, attend, attends
+from layerwise.nets.attend import HeadNorms, Pages, Places, attend, attends
 from layerwise.nets.attention import rotate
 from layerwise.nets.compiled import library
 from layerwise.nets.flow import Flow
@@ -16,13 +17,13 @@ from layerwise.spec import Attention, Rope
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler with OpenMP")
 
-BLOCK = 4
+BLOCK, EPS = 4, 1e-3
 PLAIN = Attention(heads=6, kv_heads=2, head_dim=16)
 KINDS = {
     "plain": PLAIN, "one key head": replace(PLAIN, kv_heads=1), "window": replace(PLAIN, window=5),
     "soft cap": replace(PLAIN, softcap=3.0), "scale": replace(PLAIN, scale=0.5),
     "no rotation": replace(PLAIN, rope=None), "half rotated": replace(PLAIN, rope=Rope(part=0.5)),
-    "wide heads": replace(PLAIN, head_dim=64)}
+    "wide heads": replace(PLAIN, head_dim=64), "norms of heads": replace(PLAIN, qk_norm=True)}
 ROWS = [(0, 1), (6, 1), (9, 3), (17, 2)]
 """Of every sequence the tokens before and the new ones."""
 
@@ -43,6 +44,7 @@ class World:
         self.places = [place for past, new in ROWS for place in range(past, past + new)]
         self.row = [index for index, (_, new) in enumerate(ROWS) for _ in range(new)]
         self.flow = Flow(torch.tensor([self.places]), dtype=dtype)
+        self.q_norm, self.k_norm = torch.rand(2, a.head_dim, generator=draw) + 0.5
 
     def slots(self, row: int, stop: int) -> list[int]:
         return [self.blocks[row][slot // BLOCK] * BLOCK + slot % BLOCK for slot in range(stop)]
@@ -57,12 +59,16 @@ class World:
         places = Places(*map(torch.tensor, (new, self.row, self.places, firsts, table)))
         a = self.a
         rotation = None if a.rope is None else self.flow.rotation(a.rope, int(a.head_dim * a.rope.part))
-        return attend(self.qkv, Pages(a, self.k, self.v, places, BLOCK, rotation))
+        norms = HeadNorms(self.q_norm, self.k_norm, EPS) if a.qk_norm else None
+        return attend(self.qkv, Pages(a, self.k, self.v, places, BLOCK, rotation), norms)
 
     def expected(self, first: int = 0) -> Tensor:
         a = self.a
         heads = self.qkv.view(len(self.places), -1, a.head_dim).transpose(0, 1)[None]
         both, v_new = heads[:, : a.heads + a.kv_heads], heads[0, a.heads + a.kv_heads :]
+        if a.qk_norm:
+            weights = torch.cat([self.q_norm.expand(a.heads, 1, -1), self.k_norm.expand(a.kv_heads, 1, -1)])
+            both = (F.rms_norm(both.double(), (a.head_dim,), eps=EPS) * weights).to(self.dtype)
         both = both if a.rope is None else rotate(both, self.flow, a)
         q, k_new = both[0, : a.heads].double(), both[0, a.heads :]
         k, v = self.k.clone(), self.v.clone()
@@ -118,5 +124,4 @@ def test_what_it_cannot_do_is_said() -> None:
     cpu = torch.device("cpu")
     assert attends(PLAIN, torch.float32, cpu)
     assert not attends(replace(PLAIN, head_dim=12), torch.float32, cpu)
-    assert not attends(replace(PLAIN, qk_norm=True), torch.float32, cpu)
     assert not attends(PLAIN, torch.float16, cpu) and not attends(PLAIN, torch.float32, torch.device("cuda"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from layerwise.nets import compiled
-from layerwise.nets.native import NativeMatrix, rms_norm, silu_times
+from layerwise.nets.native import NativeMatrix, gate_times, rms_norm
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Format
 
@@ -140,7 +140,9 @@ def test_norm_and_gate(dtype: torch.dtype) -> None:
     exact = torch.nn.functional.rms_norm(x.double(), (70,), weight.double(), 1e-5)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), exact.to(dtype), **tolerance)
     gate, up = x.double().chunk(2, -1)
-    torch.testing.assert_close(silu_times(x), (torch.nn.functional.silu(gate) * up).to(dtype), **tolerance)
+    silu, gelu = torch.nn.functional.silu(gate), torch.nn.functional.gelu(gate, approximate="tanh")
+    torch.testing.assert_close(gate_times(x, "silu"), (silu * up).to(dtype), **tolerance)
+    torch.testing.assert_close(gate_times(x, "gelu_tanh"), (gelu * up).to(dtype), **tolerance)
 
 
 def test_without_the_library_torchs_kernels_are_used() -> None:
