@@ -6,6 +6,7 @@ flattened weights with its initial ones, kernels only (arXiv 1806.01603v2 and it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
@@ -20,6 +21,16 @@ def cosine_distance(a: Tensor, b: Tensor) -> float:
     """1 - <a, b> / (|a| |b|): 0 for equal directions, 1 for orthogonal ones, 2 for opposite ones."""
     a_N, b_N = a.detach().double().flatten(), b.detach().double().flatten()
     return float(1 - a_N @ b_N / (a_N.norm() * b_N.norm()))
+
+
+def tangent(a: Tensor, b: Tensor) -> float:
+    """Tangent of the angle between two weights; infinite from a right angle on, nan where one is zero."""
+    a_N, b_N = a.detach().double().flatten(), b.detach().double().flatten()
+    if not (bool(a_N.any()) and bool(b_N.any())):
+        return math.nan
+    unit_N = b_N / b_N.norm()
+    along = float(a_N @ unit_N)
+    return float((a_N - along * unit_N).norm()) / along if along > 0 else math.inf
 
 
 class Rotation:
@@ -46,6 +57,30 @@ class Rotation:
     def now(self) -> dict[str, float]:
         """The rotation of every layer so far."""
         return {path: cosine_distance(_weight(part), self.start[path]) for path, part in self.modules.items()}
+
+
+class Turning:
+    """How far one step turns every layer: the tangent of the angle between its weights before and after, float32 copies
+    of the weights are kept.
+
+    `curve` holds a row for every `every` steps, about the last of them: the steps done, and each layer's tangent.
+    """
+
+    def __init__(self, module: nn.Module, every: int = 1, chosen: Mapping[str, nn.Module] | None = None) -> None:
+        self.every = every
+        self.modules = dict(parts(module) if chosen is None else chosen)
+        self.before = self._copies()
+        self.curve: list[tuple[int, list[float]]] = []
+
+    def __call__(self, step: int) -> None:
+        if step % self.every == 0:
+            row = [tangent(_weight(part), self.before[path]) for path, part in self.modules.items()]
+            self.curve.append((step, row))
+        if self.every == 1 or (step + 1) % self.every == 0:
+            self.before = self._copies()
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {path: _weight(part).detach().float().clone() for path, part in self.modules.items()}
 
 
 class Criticality:

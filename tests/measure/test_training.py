@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from layerwise.data.moons import moons
 from layerwise.errors import BadOption
-from layerwise.measure.training import Criticality, Rotation, cosine_distance
+from layerwise.measure.training import Criticality, Rotation, Turning, cosine_distance, tangent
 from layerwise.nets.classifiers import mlp
 from layerwise.train.classify import classification_loss, fit, seeded
+from layerwise.train.layca import Layca
 from layerwise.train.loop import Recipe
 
 
@@ -28,6 +31,28 @@ def test_rotation_is_from_where_it_began() -> None:
     net[1].bias.data += 5
     net[1].weight.data = 3 * before
     assert list(rotation.now().values()) == pytest.approx([1.0, 0.0])
+
+
+def test_tangents_by_hand() -> None:
+    assert tangent(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])) == pytest.approx(0.5)
+    assert tangent(torch.tensor([5.0, 0.0]), torch.tensor([1.0, 0.0])) == pytest.approx(0.0)
+    assert tangent(torch.tensor([0.0, 3.0]), torch.tensor([1.0, 0.0])) == math.inf
+    assert math.isnan(tangent(torch.zeros(2), torch.ones(2))) and math.isnan(tangent(torch.ones(2), torch.zeros(2)))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_of_layca_turns_every_layer_by_its_rate(every: int) -> None:
+    torch.manual_seed(0)
+    net = mlp((6, 8, 3), bias=False)
+    turning = Turning(net, every)
+    optimizer = Layca(list(net.parameters()), [0.1, 0.3])
+    for step in range(1, 5):
+        net(torch.randn(5, 6)).square().sum().backward()
+        optimizer.step()
+        turning(step)
+    assert [step for step, _ in turning.curve] == list(range(every, 5, every))
+    for _, row in turning.curve:
+        assert row == pytest.approx([0.1, 0.3], rel=1e-3)
 
 
 def test_callbacks_run_with_the_loop() -> None:
