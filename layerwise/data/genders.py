@@ -1,6 +1,6 @@
 """Sentences about people in three matched forms: masculine, feminine and neutral; the same words otherwise.
 
-Roles are split into those that neurons may be found with and held-out ones; contexts for judging name neither.
+Contexts for judging name none of the roles that neurons are found with.
 """
 
 from __future__ import annotations

@@ -38,9 +38,12 @@ class Effects:
     @property
     def by_source_S(self) -> Tensor:
         """Mean effect of each layer on those after it; nan for the last, which has none."""
-        count = len(self.layers_SL)
-        later_S = torch.arange(count - 1, -1, -1)
-        return self.layers_SL.sum(1) / torch.where(later_S > 0, later_S, torch.nan)
+        return _over_later(self.layers_SL)
+
+    @property
+    def mean_by_source_S(self) -> Tensor:
+        """The same of means over positions and rows, less moved by single positions."""
+        return _over_later(self.mean_SL)
 
 
 @torch.inference_mode()
@@ -81,6 +84,11 @@ def future(tokens_BT: Tensor, cuts_B: Tensor) -> tuple[Tensor, Tensor]:
     """(skipped, seen): positions 1 to cut - 1, and from the cut on; one cut a row."""
     place_T = torch.arange(tokens_BT.shape[1])
     return (place_T > 0) & (place_T < cuts_B[:, None]), place_T >= cuts_B[:, None]
+
+
+def _over_later(effect_SL: Tensor) -> Tensor:
+    later_S = torch.arange(len(effect_SL) - 1, -1, -1)
+    return effect_SL.sum(1) / torch.where(later_S > 0, later_S, torch.nan)
 
 
 def depth_score(effect_S: Tensor) -> float:

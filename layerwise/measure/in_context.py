@@ -53,6 +53,24 @@ def predict(x_NF: Tensor, y_N: Tensor, asked_MF: Tensor) -> Prediction:
     return best
 
 
+def nearest(x_NF: Tensor, y_N: Tensor, asked_MF: Tensor, k: int = 5) -> Tensor:
+    """Mean of y over the k known rows closest to each asked one, on standardized columns, [M]."""
+    centre, spread = x_NF.double().mean(0), x_NF.double().std(0).clamp(min=1e-9)
+    away_MN = torch.cdist((asked_MF.double() - centre) / spread, (x_NF.double() - centre) / spread)
+    found_M: Tensor = y_N.double()[away_MN.topk(min(k, len(y_N)), largest=False).indices].mean(1)
+    return found_M
+
+
+def linear(x_NF: Tensor, y_N: Tensor, asked_MF: Tensor, strength: float = 1.0) -> Tensor:
+    """Least squares on standardized columns with a ridge of `strength`, [M]."""
+    centre, spread = x_NF.double().mean(0), x_NF.double().std(0).clamp(min=1e-9)
+    known_NF, asked_MF = (x_NF.double() - centre) / spread, (asked_MF.double() - centre) / spread
+    mean, unit_FF = y_N.double().mean(), torch.eye(x_NF.shape[1], dtype=torch.float64)
+    slope_F = torch.linalg.solve(known_NF.T @ known_NF + strength * unit_FF, known_NF.T @ (y_N.double() - mean))
+    found_M: Tensor = mean + asked_MF @ slope_F
+    return found_M
+
+
 def selected(x_NF: Tensor, y_N: Tensor, always: Sequence[int], count: int, most_alike: float = 0.9) -> list[int]:
     """`always` and up to `count` further columns, each the one that raises the likelihood of y most.
 

@@ -48,6 +48,23 @@ def deviation(points_NC: Tensor, reference_MC: Tensor, k: int = 5, *, inside: bo
     return nearest(points_NC, reference_MC, k, inside=inside).mean(1)
 
 
+def mahalanobis(points_NC: Tensor, reference_MC: Tensor, shrinkage: float = 0.1) -> Tensor:
+    """Distance to the mean of the reference in units of its spread along each direction, float64 [N].
+
+    The covariance is drawn towards its mean variance by `shrinkage`, as there may be fewer points than dimensions.
+    """
+    if len(reference_MC) < 2:
+        raise BadData(f"a reference of {len(reference_MC)} points", expected="at least two", do="give more")
+    centre_C = reference_MC.double().mean(0)
+    covariance_CC = torch.cov(reference_MC.double().T - centre_C[:, None])
+    level = covariance_CC.diagonal().mean().clamp(min=1e-30)
+    unit_CC = torch.eye(len(covariance_CC), dtype=torch.float64, device=covariance_CC.device)
+    root_CC = torch.linalg.cholesky((1 - shrinkage) * covariance_CC + shrinkage * level * unit_CC)
+    away_CN = torch.linalg.solve_triangular(root_CC, (points_NC.double() - centre_C).T, upper=False)
+    distance_N: Tensor = away_CN.norm(dim=0)
+    return distance_N
+
+
 def two_nn(points_NC: Tensor, discard: float = 0.1) -> float:
     """Intrinsic dimension from the ratio of each point's second to its first neighbour's distance.
 

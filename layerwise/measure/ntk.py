@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 
 from layerwise.errors import BadModel
 
@@ -65,6 +65,32 @@ def one_by_one(model: nn.Module, x_N: Tensor, read: Read = first_logit, chunk: i
         j_N = vmap(grad(value), in_dims=(None, 0), chunk_size=chunk)(tensor, x_N)
         parts[name] = _gram(j_N.flatten(1))
     return parts
+
+
+def all_logits(model: nn.Module, x_N: Tensor, chunk: int | None = None) -> Parts:
+    """The kernel between all outputs of all inputs, [N K, N K], part by part; row n K + k is output k of input n."""
+    def values(state: Parts, x: Tensor) -> Tensor:
+        found: Tensor = functional_call(model, state, (x[None],))[0]
+        return found
+
+    jacobians = vmap(jacrev(values), in_dims=(None, 0), chunk_size=chunk)(_state(model), x_N)
+    return {name: _gram(j_NK.flatten(2).flatten(0, 1)) for name, j_NK in jacobians.items()}
+
+
+def fisher(model: nn.Module, x_N: Tensor, read: Read = first_logit, largest: int = 4096) -> Parts:
+    """J_p^T J_p, [P, P], of every parameter tensor of at most `largest` entries.
+
+    Its eigenvalues other than zero are those of the kernel's part, so that it is the smaller of both where N > P.
+    """
+    state = _state(model)
+    small = {name: tensor for name, tensor in state.items() if tensor.numel() <= largest}
+    rest = {name: tensor for name, tensor in state.items() if name not in small}
+
+    def value(weights: Parts, x: Tensor) -> Tensor:
+        return _value(model, read, {**rest, **weights}, x)
+
+    jacobians = vmap(grad(value), in_dims=(None, 0))(small, x_N)
+    return {name: _gram(j_N.flatten(1).T) for name, j_N in jacobians.items()}
 
 
 def looped(model: nn.Module, x_N: Tensor, read: Read = first_logit) -> Parts:

@@ -14,6 +14,7 @@ Shapes: G categories, L layers, W neurons of a layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -94,6 +95,16 @@ def ratio_candidates(found: Specificity, ratio: float = 1.1, rate: float = 0.02)
     ratio_LW = best / (second + 1e-8)
     keep = (found.rate_GLW == best) & (best >= rate) & (ratio_LW >= ratio)
     return torch.where(keep, ratio_LW.expand_as(found.rate_GLW), 0.0)
+
+
+def entropy_candidates(found: Specificity, rate: float = 0.02) -> Tensor:
+    """LAPE (arXiv 2402.16438): log G less the entropy of a neuron's rates over categories, for its best category where
+    that rate reaches `rate`, zero elsewhere, [G, L, W]."""
+    share_GLW = found.rate_GLW / found.rate_GLW.sum(0).clamp(min=SMALL)
+    entropy_LW = -(share_GLW * share_GLW.clamp(min=1e-12).log()).sum(0)
+    best_LW = found.rate_GLW.amax(0)
+    keep = (found.rate_GLW == best_LW) & (best_LW >= rate)
+    return torch.where(keep, (math.log(len(share_GLW)) - entropy_LW).clamp(min=0).expand_as(share_GLW), 0.0)
 
 
 def relaxed(found: Specificity, wanted: Thresholds, least: int, rounds: int = 20) -> Thresholds:

@@ -72,6 +72,8 @@ def test_the_mean_by_source_counts_later_layers_only(stack: DecoderStack, tokens
     found = skip_effects(stack, tokens_BT, present(tokens_BT), present(tokens_BT))
     assert float(found.by_source_S[1]) == pytest.approx(float(found.layers_SL[1, 2:].mean()))
     assert math.isnan(float(found.by_source_S[3]))
+    assert float(found.mean_by_source_S[1]) == pytest.approx(float(found.mean_SL[1, 2:].mean()))
+    assert bool((found.mean_by_source_S[:3] <= found.by_source_S[:3]).all())
 
 
 def test_a_past_layer_cannot_reach_back(stack: DecoderStack, tokens_BT: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerwise.measure.in_context import predict, selected
+from layerwise.measure.in_context import linear, nearest, predict, selected
 
 
 def rows(count: int, columns: int, seed: int) -> torch.Tensor:
@@ -57,3 +57,16 @@ def test_units_of_columns_and_of_the_answer_do_not_matter() -> None:
     y = known[:, 0] * known[:, 1]
     plain, scaled = predict(known, y, asked), predict(known * 100 + 3, 5 * y - 2, asked * 100 + 3)
     assert torch.allclose(5 * plain.mean_M - 2, scaled.mean_M)
+
+
+def test_the_nearest_rows_are_averaged() -> None:
+    known = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    assert nearest(known, torch.tensor([1.0, 3.0, 5.0, 9.0]), torch.tensor([[0.4], [20.0]]), k=2).tolist() == [2, 7]
+    assert nearest(known, torch.tensor([1.0, 3.0, 5.0, 9.0]), known[:1], k=9).tolist() == [4.5]
+
+
+def test_a_straight_line_is_found_by_least_squares() -> None:
+    known, asked = rows(40, 3, 0), rows(5, 3, 1)
+    slope = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    found = linear(known, known @ slope + 4, asked, strength=0.0)
+    assert torch.allclose(found, asked @ slope + 4)

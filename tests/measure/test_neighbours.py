@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadData, BadOption
-from layerwise.measure.neighbours import deviation, nearest, participation_ratio, two_nn
+from layerwise.measure.neighbours import deviation, mahalanobis, nearest, participation_ratio, two_nn
 
 
 def cloud(points: int, flat: int, width: int, seed: int = 0) -> Tensor:
@@ -90,3 +90,20 @@ def test_too_few_points_are_refused() -> None:
         nearest(torch.ones(3, 2), torch.ones(3, 2), 3, inside=True)
     with pytest.raises(BadData, match="at least two"):
         participation_ratio(torch.ones(1, 2))
+
+
+def test_mahalanobis_counts_in_the_spread_of_each_direction() -> None:
+    spread = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) + 7
+    found = mahalanobis(torch.tensor([[9.0, 7.0], [7.0, 8.0]]), spread, shrinkage=0.0)
+    assert found.tolist() == pytest.approx([(4 / (8 / 3)) ** 0.5, (1 / (2 / 3)) ** 0.5])
+    few = cloud(5, 3, 40)
+    assert bool(mahalanobis(few, few).isfinite().all())
+    with pytest.raises(BadData, match="1 points"):
+        mahalanobis(few, few[:1])
+
+
+def test_mahalanobis_with_full_shrinkage_is_plain_distance() -> None:
+    reference, points = cloud(50, 3, 6), cloud(9, 3, 6, seed=1)
+    plain = (points - reference.mean(0)).norm(dim=-1)
+    scaled = mahalanobis(points, reference, shrinkage=1.0)
+    assert torch.allclose(scaled / scaled[0], plain / plain[0])

@@ -47,6 +47,26 @@ def test_routes_agree_for_convolutions_and_batch_norms() -> None:
         agree(ntk.by_hooks(net, x, ntk.logit_sum), true)
 
 
+def test_fisher_blocks_have_the_spectrum_of_the_kernel() -> None:
+    net, x = perceptron(), torch.randn(9, 6).double()
+    kernel, blocks = ntk.looped(net, x), ntk.fisher(net, x, largest=35)
+    assert set(blocks) == set(kernel) - {"1.weight"}  # 42 entries, more than asked for
+    for name, block in blocks.items():
+        one, other = (torch.linalg.eigvalsh(matrix.detach()).flip(0) for matrix in (block, kernel[name]))
+        count = min(len(one), len(other))
+        assert torch.allclose(one[:count], other[:count], atol=1e-10), name
+
+
+def test_the_kernel_of_all_outputs_holds_that_of_each() -> None:
+    torch.manual_seed(0)
+    net, x = mlp((6, 7, 3)).double(), torch.randn(4, 6).double()
+    every = ntk.total(ntk.all_logits(net, x, chunk=3))
+    assert every.shape == (12, 12)
+    assert torch.allclose(every[::3, ::3], ntk.total(ntk.together(net, x)))
+    summed = every.view(4, 3, 4, 3).sum((1, 3))
+    assert torch.allclose(summed, ntk.total(ntk.together(net, x, ntk.logit_sum)))
+
+
 class Positions(nn.Module):
     """A linear layer that runs at every position."""
 

@@ -14,6 +14,7 @@ from layerwise.measure.specific_neurons import (
     Specificity,
     Thresholds,
     candidates,
+    entropy_candidates,
     like,
     ratio_candidates,
     relaxed,
@@ -62,6 +63,17 @@ def test_scores_follow_the_formula() -> None:
     torch.testing.assert_close(found.effect_GLW[0, 0], standard(e))
     torch.testing.assert_close(found.score_GLW[0, 0], 0.45 * standard(e) + 0.35 * standard(o) + 0.2 * standard(m))
     torch.testing.assert_close(found.rate_GLW[1, 0], torch.tensor([0.5, 1 - 1e-4], dtype=torch.float64))
+
+
+def test_neurons_of_least_entropy_are_those_that_fire_for_one_category() -> None:
+    score_GLW = entropy_candidates(specificity(draws(PLANTED)))
+    for category, place in PLANTED.items():
+        assert int(score_GLW[category].argmax()) == place[0] * 50 + place[1]
+    alike = specificity([statistics(torch.ones(4, 1, 2))] * 3)
+    assert float(entropy_candidates(alike).abs().max()) < 1e-9
+    rare = specificity([statistics(torch.cat([torch.ones(int(category == 0), 1, 2), -torch.ones(99, 1, 2)]))
+                        for category in range(3)])
+    assert not bool(entropy_candidates(rare).any())
 
 
 def test_a_neuron_of_two_categories_belongs_to_none() -> None:

@@ -7,8 +7,8 @@ traced input spans are what the answer hangs on.
 From abstracts and an early public implementation, read but not run: formulas are our reconstruction. In that code
 the concept ablation's hook is commented out, so its importances are zero, and it reads the target's chance at the
 prompt's first positions; neither is done here, and so there is no number to compare. Ours: sentences with known senses,
-naming the kind of thing instead of yes or no (whose bias swamps a small model), SmolLM2 for models of billions, and no
-judge.
+naming the kind of thing instead of yes or no (whose bias swamps a small model), SmolLM2 for models of billions, no
+judge, and of the rivals only the model's own doubt (not attention, input gradients or probes).
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _spans(asked: Asked, count: int, seed: int) -> Check:
     for index in chosen:
         item = asked.items[index]
         senses = (item.right.tokens(asked.tokenizer), item.wrong.tokens(asked.tokenizer))
-        windows = spans(item.before, (3,))
+        windows = spans(item.before)
         wrong = bool(asked.wrong_N[index])
         odds = _odds(asked, item, [covered(item.before, span, COVER) for span in windows], senses)
         trigger = int((odds if wrong else -odds).argmax())
@@ -171,8 +171,9 @@ def _spans(asked: Asked, count: int, seed: int) -> Check:
         measured={"answers changed": round(traced / len(chosen), 3)},
         control={"random span": round(chance / len(chosen), 3)},
         holds=traced > 0 and traced >= 1.5 * chance,
-        why=f"{len(chosen)} items, windows of three words of the context; spans are found by covering words and judged "
-        "by deleting them, so that they are not judged by what they were chosen for",
+        why=f"{len(chosen)} items, windows of three, five and seven words of the context; a random span is one of the "
+        "same windows. Spans are found by covering words and judged by deleting them, so that they are not judged by "
+        "what they were chosen for",
     )
 
 

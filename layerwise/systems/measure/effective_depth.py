@@ -6,9 +6,10 @@ by cosine, 0.75 to 0.95 by lens KL, 0.86 to 0.97 by lens overlap), and harder ta
 From the abstract, the official code and its stored table: three of the five probes become an integer, with these
 thresholds, and the ratio. On SmolLM2 as transformers runs it, its lens divergence differs from ours by 2e-7 of the
 largest, overlap, cosines and contributions by at most 1e-7. Ours: the integers of the other probes (skip effects on
-future tokens, residual erasure, integrated gradients: the last depth above half of the largest), the texts (prose,
-and additions of one to six digits), two small base models instead of Qwen 2.5 with models of 4, 8 and 12 layers
-trained here as the axis of size, and tolerances. Criteria without a crossing report none instead of failing.
+future tokens, residual erasure, integrated gradients, and angular distance as in depth pruning: the last depth above
+half of the largest), the texts (prose, and additions of one to six digits), float32 instead of 8 bits, two small base
+models instead of Qwen 2.5 with models of 4, 8 and 12 layers trained here as the axis of size, and tolerances. Criteria
+without a crossing report none instead of failing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from layerwise.systems.controls import shuffled_weights
 from layerwise.systems.sizes import byte_blocks, sized
 from layerwise.systems.text import asked_sums, prose, sums
 
-INSTRUMENTS = ["contribution-cosine", "logit-lens-kl", "logit-lens-overlap"]
+INSTRUMENTS = ["contribution-cosine", "logit-lens-kl", "logit-lens-overlap", "angular-distance"]
 Depths = dict[str, int | None]
 
 
@@ -39,7 +40,8 @@ def by_curves(stack: DecoderStack, data: object, seed: int) -> Depths:
     kl = found["logit-lens-kl"].values
     cosines = [found[f"contribution-cosine:{part}"].values for part in ("attention", "feed-forward", "block")]
     return {"cosine": cosine_depth(cosines), "kl": kl_depth(kl), "kl, without its two highest layers":
-            kl_depth(kl, rank=2), "overlap": overlap_depth(found["logit-lens-overlap"].values)}
+            kl_depth(kl, rank=2), "overlap": overlap_depth(found["logit-lens-overlap"].values),
+            "angular distance": last_above(found["angular-distance"].values, first=1)}
 
 
 def by_trying(stack: DecoderStack, text: TextData, seed: int, *, every: int, steps: int, prompts: int) -> Depths:
@@ -65,8 +67,10 @@ def run(size: Size, seed: int) -> list[Check]:
     digits, prompts = ((1, 6), 2) if size == "quick" else ((1, 2, 3, 4, 5, 6), 10)
     checks: list[Check] = []
     for name in names:
-        stack = lw.open(name)
-        assert isinstance(stack, DecoderStack) and stack.tokenizer is not None
+        opened = lw.open(name)
+        assert isinstance(opened, DecoderStack)
+        stack = opened.copied(torch.float32)
+        assert stack.tokenizer is not None
         text = prose(stack.tokenizer, prompts, 128, seed)
         texts = [text, *(sums(stack.tokenizer, n, prompts, seed) for n in digits)]
         found = {data.name: by_curves(stack, data, seed) for data in texts}
@@ -112,10 +116,10 @@ def _difficulty_check(name: str, found: Mapping[str, Depths]) -> Check:
 
 def _probes_check(name: str, stack: DecoderStack, found: Depths, null: Depths, size: Size, seed: int) -> Check:
     every, steps, prompts = (15, 4, 1) if size == "quick" else (3, 48, 3)
-    precise, layers = stack.copied(torch.float32), len(stack)
+    layers = len(stack)
     assert stack.tokenizer is not None
     text = prose(stack.tokenizer, 2, 48, seed)
-    tried = by_trying(precise, text, seed, every=every, steps=steps, prompts=prompts)
+    tried = by_trying(stack, text, seed, every=every, steps=steps, prompts=prompts)
     ratio, lens = shares(found | tried, layers), ("kl", "overlap")
     cosine = ratio["cosine"]
     return Check(

@@ -60,6 +60,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.ledgers: dict[str, Ledger] = {}
         self.accuracy: dict[str, float] = {}
+        self.numbers: dict[str, int] = {}
 
     def score(self, name: str, queries: float) -> float:
         """Accuracy above chance per joule of the whole life."""
@@ -79,6 +80,7 @@ class Bench:
             ledger.query = self.ledgers[like].query
         else:
             ledger.serve(self.meter, lambda: _answer(model, x_64), len(x_64), seconds=self.scale.seconds)
+        self.numbers[ledger.name] = sum(tensor.numel() for tensor in model.state_dict().values())
         self.ledgers[ledger.name], self.accuracy[ledger.name] = ledger, accuracy(model, self.test)
 
 
@@ -206,6 +208,7 @@ def _light(bench: Bench, again: Bench) -> Check:
         measured={"best at 1000 queries": best, "may be best per query": tied,
                   "accuracy per joule": {name: _short(bench.score(name, LIGHT)) for name in sorted({best, chosen})}},
         control={"best per query, at 1e9 queries": _rankings(bench)["heavy, 1e9"][0],
+                 "fewest numbers": min(bench.numbers, key=bench.numbers.__getitem__),
                  "the dense net measured twice": _short(noise)},
         holds=bench.score(chosen, LIGHT) < 0.9 * bench.score(best, LIGHT),
         why="may be best: within what two measurements of one net differ by. They agree at light use where the net "

@@ -30,19 +30,22 @@ from layerwise.measure.specific_neurons import (
     Thresholds,
     Units,
     candidates,
+    entropy_candidates,
     like,
     ratio_candidates,
     relaxed,
     select,
     specificity,
 )
-from layerwise.stack.changes import Change, edits, scaled
+from layerwise.stack.changes import Change, added, edits, scaled
 from layerwise.stack.decoder import DecoderStack
 from layerwise.systems.base import Check, Size
 from layerwise.systems.pupil import pupil
 from layerwise.systems.text import prose
 
-DRAWS = 5
+DRAWS, STRENGTHS = 5, (1.0, 4.0)
+PROMPTS = {"masculine": "Everyone in this story is a man. ", "feminine": "Everyone in this story is a woman. ",
+           "neutral": "Nobody in this story is a man or a woman. "}
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,15 @@ def run(size: Size, seed: int) -> list[Check]:
     score_GLW = candidates(found, relaxed(found, Thresholds(), count))
     chosen = [select(score_LW, count, cap) for score_LW in score_GLW]
     simple = [select(score_LW, count, cap) for score_LW in ratio_candidates(found)]
+    entropy = [select(score_LW, count, cap) for score_LW in entropy_candidates(found)]
     controls = [[like(units, width, seed + draw) for units in chosen] for draw in range(DRAWS)]
     before = _pronouns(setting)
     shifts = {name: _shifts(setting, units, before)
-              for name, units in {"chosen": chosen, "ratio": simple,
+              for name, units in {"chosen": chosen, "ratio": simple, "entropy": entropy,
                                   **{f"random {draw}": units for draw, units in enumerate(controls)}}.items()}
     uncapped = [select(score_LW, count) for score_LW in score_GLW]
+    shifts |= {f"mean difference of states, times {strength}": _steered(setting, before, strength)
+               for strength in STRENGTHS} | {"prompt": _prompted(setting, before)}
     return [_steering(shifts, chosen), _simple(shifts), _quality(setting, chosen, controls[0]),
             _early(uncapped, chosen, layers, size)]
 
@@ -86,11 +92,11 @@ def _changes(units: Sequence[Units], target: int) -> dict[int, Change]:
     return {layer: scaled(list(own), torch.tensor(list(own.values()))) for layer, own in factors.items()}
 
 
-def _pronouns(setting: Setting) -> Tensor:
+def _pronouns(setting: Setting, prompt: str = "") -> Tensor:
     """Log-odds of each category's pronoun against the two others, mean over neutral beginnings, [G]."""
     stack, tokenizer = setting.stack, setting.stack.tokenizer
     assert tokenizer is not None
-    rows = [tokenizer.encode(text) for text in CONTEXTS]
+    rows = [tokenizer.encode(prompt + text) for text in CONTEXTS]
     chance_GB = torch.stack([Prompts(stack, rows, [single_token(tokenizer, PRONOUNS[name])] * len(rows)).chances()
                              for name in CATEGORIES]).double()
     return (chance_GB.log() - (chance_GB.sum(0) - chance_GB).log()).mean(1)
@@ -103,6 +109,31 @@ def _shifts(setting: Setting, units: Sequence[Units], before_G: Tensor) -> Tenso
         with edits(setting.stack, "neurons", _changes(units, target)):
             found.append(_pronouns(setting) - before_G)
     return torch.stack(found)
+
+
+def _steered(setting: Setting, before_G: Tensor, strength: float) -> Tensor:
+    """The same shifts by a vector added to what leaves the middle layer: a category's mean less that of the others."""
+    stack, tokenizer, middle = setting.stack, setting.stack.tokenizer, len(setting.stack) // 2
+    assert tokenizer is not None
+    means = []
+    with torch.inference_mode():
+        for name in CATEGORIES:
+            rows = []
+            for batch in TextData.from_prompts(sentences(name), tokenizer).batches(32):
+                hidden_BTC = stack.run(stack.start(batch.tokens_BT, batch.mask_BT), slice(0, middle + 1)).hidden
+                rows.append(hidden_BTC.flatten(0, 1) if batch.mask_BT is None else hidden_BTC[batch.mask_BT])
+            means.append(torch.cat(rows).float().mean(0))
+    mean_GC, found = torch.stack(means), []
+    for mean_C in mean_GC:
+        others_C = (mean_GC.sum(0) - mean_C) / (len(mean_GC) - 1)
+        with stack.edit(middle, "output", added(strength * (mean_C - others_C))):
+            found.append(_pronouns(setting) - before_G)
+    return torch.stack(found)
+
+
+def _prompted(setting: Setting, before_G: Tensor) -> Tensor:
+    """The same shifts by a sentence before every beginning."""
+    return torch.stack([_pronouns(setting, PROMPTS[name]) - before_G for name in CATEGORIES])
 
 
 def _steering(shifts: Mapping[str, Tensor], chosen: Sequence[Units]) -> Check:
@@ -134,10 +165,13 @@ def _simple(shifts: Mapping[str, Tensor]) -> Check:
         claim="neurons of the combined score raise their pronoun, on average over targets, and more than as many of "
         "the simpler rule (rate of positive values over that of the second category)",
         measured={"combined": _round(own["chosen"])},
-        control={"ratio rule": _round(own["ratio"]), "ratio rule by target": _table(shifts["ratio"])},
+        control={"ratio rule": _round(own["ratio"]), "ratio rule by target": _table(shifts["ratio"]),
+                 **{way: _round(value) for way, value in own.items() if way not in ("chosen", "ratio")
+                    and not way.startswith("random")}},
         holds=own["chosen"] > max(0.0, own["ratio"]),
         why="same numbers of neurons and the same cap for a layer; to move the pronoun less in the wrong direction is "
-        "no win",
+        "no win. Neurons of least entropy over categories (LAPE), a vector added to the middle layer and a sentence "
+        "put first are other ways, given for comparison",
     )
 
 
@@ -206,7 +240,7 @@ def _pupil(seed: int) -> Setting:
     told = [text for name in CATEGORIES for text in sentences(name)]
     plain = ["The garden is behind the house.", "A train stops at every town.", "The river runs to the sea."]
     ends = [f"{context}{pronoun} left." for context in CONTEXTS for pronoun in PRONOUNS.values()]
-    stack = pupil([*told, *ends, *plain * 20], layers=4, width=48, steps=150, seed=seed)
+    stack = pupil([*told, *ends, *plain * 20], layers=4, width=48, steps=150, seed=seed, words=list(PROMPTS.values()))
     assert stack.tokenizer is not None
     text = TextData.from_text(" ".join(plain * 20), stack.tokenizer, length=32, seed=None, name="plain")
     return Setting(stack, text, 0.05, 0.1)

@@ -50,12 +50,13 @@ SCALES: dict[Size, Scale] = {"quick": Scale((1, 8), 30, (10, 20), 10, 3),
 
 @dataclass(frozen=True)
 class Measured:
-    """One network at one batch: operations, bytes, seconds."""
+    """One network at one batch: operations, bytes, seconds, and how many parameters it has."""
 
     plan: CnnPlan
     operations: float
     moved: float
     seconds: float
+    parameters: float = 0.0
 
     def use(self, limits: Machine) -> float:
         """Utilization."""
@@ -96,7 +97,8 @@ def measured(plans: Sequence[CnnPlan], batch: int, repeats: int) -> list[Measure
         for place, plan in enumerate(plans):
             with Traffic() as traffic:
                 works[place]()
-            found.append(Measured(plan, traffic.operations, traffic.moved, seconds[place]))
+            found.append(Measured(plan, traffic.operations, traffic.moved, seconds[place],
+                                  sum(parameter.numel() for parameter in nets[place].parameters())))
     return found
 
 
@@ -182,9 +184,11 @@ def ranked(space: Sequence[Measured], limits: Machine, known: int, draw: random.
         "latency directly": ridge(x[seen], time[seen], x[rest]),
         "latency directly, operations known": ridge(with_work[seen], time[seen], with_work[rest]),
         "operations alone": work[rest],
+        "parameters alone": np.array([net.parameters for net in space])[rest],
         "utilization of other networks": work[rest] - ridge(x[seen], use[mixed], x[rest]),
     }
-    return {way: float(spearmanr(values, time[rest]).statistic) for way, values in predicted.items()}
+    return {way: float(spearmanr(values, time[rest]).statistic) if np.ptp(values) else 0.0
+            for way, values in predicted.items()}
 
 
 def _search(space: Sequence[Measured], limits: Machine, scale: Scale, size: Size, seed: int) -> Check:
@@ -195,7 +199,7 @@ def _search(space: Sequence[Measured], limits: Machine, scale: Scale, size: Size
         found[known] = {way: round(mean(row[way] for row in rows), 3) for way in rows[0]}
     at = found[20]
     direct = max(at["latency directly"], at["latency directly, operations known"])
-    controls = ("operations alone", "utilization of other networks")
+    controls = ("operations alone", "parameters alone", "utilization of other networks")
     return Check(
         name="utilization saves measurements in a search",
         claim="fitted on 20 measured networks, the way through utilization ranks the others by latency at least as "

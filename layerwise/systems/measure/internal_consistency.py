@@ -12,7 +12,8 @@ prose it picks the same layer at 96 % (lower half of SmolLM2) and 64 % (upper ha
 DoLa (arXiv 2309.03883) and self-consistency (2203.11171) are the methods the survey names for acting on the signal.
 Ours: model and items (sums, differences and products of one digit, so that an answer is one token), dispersion as the
 chance that two answers differ; heads are silenced from the question on, its worked examples are read unchanged; beams
-are left out of the decoding set, since for one token they are greedy decoding.
+are left out of the decoding set, since for one token they are greedy decoding, and a penalty on repetition, since
+digits are repeated rightly.
 """
 
 from __future__ import annotations

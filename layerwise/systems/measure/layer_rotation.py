@@ -9,7 +9,7 @@ and updates one turn differs from that code's by 2e-7. Differences found: an upd
 not numbers, and one along the weight turns it by the noise of rounding, where ours stay; it multiplies by the
 learning rate once in the update and again in the turn (which normalising cancels). Ours: a six-layer perceptron with
 batch norm on a few drawn digits, initial weights as in the paper (He-uniform, no biases), linear decay instead of
-late steps.
+late steps; none of the five tasks themselves, nor what a first layer of one hidden layer learns of MNIST.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from layerwise.train.layca import Layca, rates
 from layerwise.train.loop import Optimizer, Recipe
 
 ALPHAS = (-0.6, 0.0, 0.6)
-LAYERS = 6
+LAYERS, DECAY = 6, 1e-3
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,19 @@ def _ordinary(quick: bool) -> list[tuple[str, Optimizer]]:
     def sgd(rate: float) -> Optimizer:
         return lambda parameters, _: torch.optim.SGD(parameters, lr=rate)
 
+    def decayed(rate: float) -> Optimizer:
+        return lambda parameters, _: torch.optim.SGD(parameters, lr=rate, weight_decay=DECAY)
+
     def adam(rate: float) -> Optimizer:
         return lambda parameters, _: torch.optim.Adam(parameters, lr=rate)
 
+    def rms(rate: float) -> Optimizer:
+        return lambda parameters, _: torch.optim.RMSprop(parameters, lr=rate)
+
     exponents: Sequence[int] = (1, 3) if quick else (0, 1, 2, 3)
-    makers: dict[str, Callable[[float], Optimizer]] = {"SGD": sgd, "Adam": adam}
-    first = {"SGD": 3.0, "Adam": 0.03}
+    makers: dict[str, Callable[[float], Optimizer]] = {
+        "SGD": sgd, "SGD with decay": decayed, "Adam": adam, "RMSprop": rms}
+    first = {"SGD": 3.0, "SGD with decay": 3.0, "Adam": 0.03, "RMSprop": 0.03}
     return [(f"{name} at {first[name] * 4.0**-e:g}", make(first[name] * 4.0**-e))
             for name, make in makers.items() for e in exponents]
 

@@ -3,12 +3,12 @@
 Claim: how much of a fact causal tracing finds at a layer says almost nothing about how well editing that layer works;
 which layer it is says far more. (GPT-J and GPT-2 XL, 652 facts of CounterFact.)
 
-From the public code: noise, shares, ROME (also that its decay takes |d|, not |d|^2, and that the drift term is read
-at the subject), MEMIT, scores; on the same random tensors its direction of ROME differs from ours by 2e-7 and its
-update of MEMIT not at all. Ours: facts that come with this package, answers of one token, two fixed prefixes instead
-of about twenty sampled ones, moments of few tokens (hence a ridge), SmolLM2 instead of GPT-J, a bound of 1e-2 in
-fine-tuning (the published 1e-4 writes nothing into these weights, of deviation 0.19), and error injection alone of
-the five editing problems.
+From the public code: noise, shares, ROME (also that its decay takes |d|, not |d|^2, and that the drift term is read at
+the subject), MEMIT, scores; on the same random tensors its direction of ROME differs from ours by 2e-7 and its update
+of MEMIT not at all. Ours: facts that come with this package, answers of one token, two fixed prefixes instead of about
+twenty sampled ones, moments of few tokens (hence a ridge), SmolLM2 instead of GPT-J, a bound of 1e-2 in fine-tuning
+(the published 1e-4 writes nothing into these weights, of deviation 0.19), and error injection alone of the five editing
+problems, traced with windows of five layers.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ Claims: a fact about an entity is recalled less often when the entity is shown t
 against 0.453 in LLaVA-7B), on entities that the model recognises; what the picture says reaches the text only
 around two thirds of the depth (layer 20 of 32); that it is there earlier for some entities does not help them.
 
-From the abstract, the data set's card and a public note: the two-hop split, patching between entities, freezing
-and both directions of knock-out. The official code could not be had, so nothing is compared with it. Ours: the
-model (`tiny-vlm`, trained on drawn scenes), the control runs, and where early ends (a quarter of the way to the
-critical layer, 5 of 20 as published). The things asked about are those whose facts were never asked with a picture
-in training; for the others, whose facts were, the gap is given beside it.
+From the abstract, the data set's card and a public note: the two-hop split, patching between entities, freezing and
+both directions of knock-out. The official code could not be had, so nothing is compared with it. Ours: the model
+(`tiny-vlm`, trained on drawn scenes), the control runs, and where early ends (a quarter of the way to the critical
+layer, 5 of 20 as published); one projector, not a weaker one beside it. The things asked about are those whose facts
+were never asked with a picture in training; for the others, whose facts were, the gap is given beside it.
 """
 
 from __future__ import annotations

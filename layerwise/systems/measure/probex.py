@@ -4,11 +4,12 @@ Claims: among models fine-tuned from one ancestor even a linear classifier on on
 model was trained on, and a factorized probe does so with far fewer parameters; across ancestors that fails, and
 routing each model to its own tree repairs it.
 
-Exact to the paper and its official code: the probe (outputs equal for equal parameters on the same input), its
-loss, optimizer, learning rate, decay, batch and the choice of the epoch and layer by validation. Found in the
-code: validation every 25 epochs only, raw inputs, encoder and head with nothing between them. Ours: trees of small
-networks on drawn digits instead of vision transformers, 5 of 10 classes instead of 50 of 100, 16 probes, centred
-and scaled inputs, 200 epochs, routing by distance to the roots.
+Exact to the paper and its official code: the probe (outputs equal for equal parameters on the same input), its loss,
+optimizer, learning rate, decay, batch and the choice of the epoch and layer by validation. Found in the code:
+validation every 25 epochs only, raw inputs, encoder and head with nothing between them. Ours: trees of small networks
+on drawn digits instead of vision transformers, 5 of 10 classes instead of 50 of 100, 16 probes, centred and scaled
+inputs, 200 epochs, routing by distance to the roots. Search by text, for which it needs CLIP, and neighbours in the
+representation are not examined.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ import layerwise as lw
 from layerwise.data.sources import default_text
 from layerwise.generate.answers import answers
 from layerwise.measure.departure import ALPHA, HOLD, departure, distances, normalized
-from layerwise.measure.neighbours import participation_ratio, two_nn
+from layerwise.measure.neighbours import mahalanobis, participation_ratio, two_nn
 from layerwise.measure.separation import auroc, probe_scores, shuffled_within, within
 from layerwise.stack.decoder import DecoderStack
 from layerwise.systems.base import Check, Size
@@ -113,14 +113,16 @@ def _dimension(name: str, judged: Judged, members: Tensor, width: int, generator
     clouds = judged.states["answer"][members].unbind(1)
     loose = [torch.stack([column[torch.randperm(len(column), generator=generator)] for column in cloud.T], 1)
              for cloud in clouds]
-    found, null = ([round(two_nn(cloud), 1) for cloud in group] for group in (clouds, loose))
+    mixed = torch.randperm(len(judged.right_N), generator=generator)[: len(members)]
+    both = judged.states["answer"][mixed].unbind(1)
+    found, null, blend = ([round(two_nn(cloud), 1) for cloud in group] for group in (clouds, loose, both))
     return Check(
         name=f"{name}: correct answers fill few dimensions",
         claim="at every layer the intrinsic dimension of correct answers is below a tenth of the width, and below half "
               "of what the same points show once each coordinate is shuffled",
         measured={"dimension by layer": found, "width": width, "answers": len(members),
                   "participation ratio": [round(participation_ratio(cloud), 1) for cloud in clouds]},
-        control={"coordinates shuffled": null},
+        control={"coordinates shuffled": null, "as many right and wrong answers mixed": blend},
         holds=all(a < 0.1 * width and a < b / 2 for a, b in zip(found, null, strict=True)),
         why="two-neighbour estimate, which sees only a part of the dimensions when points are few: the control says "
             "what it can see here. Where one coordinate holds nearly all variance (participation ratio near 1), "
@@ -136,6 +138,8 @@ def _separation(name: str, pool: str, judged: Judged, reference: Tensor, rest: T
               for kind, scale in (("standardized", True), ("raw", False))}
     centre_LC = states[reference].mean(0)
     scores["distance to the mean"] = (states[rest] - centre_LC).norm(dim=-1).T
+    scores["Mahalanobis distance"] = torch.stack(
+        [mahalanobis(layer[rest], layer[reference]) for layer in states.unbind(1)])
     found = {kind: _held_out(score_LN, wrong_N, half) for kind, score_LN in scores.items()}
     found["linear probe"] = _held_out(torch.stack(
         [probe_scores(layer[:half], wrong_N[:half], layer) for layer in states[rest].unbind(1)]), wrong_N, half,

@@ -6,7 +6,8 @@ accuracy lost after fine-tuning.
 
 From the abstract and a public summary: W' = P_S W P_T in their order, and rank min(k_S, k_T). No official code was
 found. Ours: subspaces that hold 1 - eps of the variance about the mean, kept together with the mean's direction (one
-outlier direction would otherwise hold nearly all energy); one pass for all layers, not one for each; an MLP and a
+outlier direction would otherwise hold nearly all energy); one pass for all layers, not one for each; an order of
+directions by variance alone (the optimum, from W C^(1/2), stands for orders that weigh in the weight); an MLP and a
 convolutional network on drawn digits, and SmolLM2. Supervised against self-supervised training is not examined.
 """
 

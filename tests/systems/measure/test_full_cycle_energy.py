@@ -17,7 +17,7 @@ def bench(bills: dict[str, tuple[float, float, float]]) -> Bench:
     made = Bench(SCALES["quick"], Modelled(), data, data, 0)
     for name, (development, query, accuracy) in bills.items():
         made.ledgers[name] = Ledger(name, [Booked("train", "", Spent(development, 1.0, True))], query, True)
-        made.accuracy[name] = accuracy
+        made.accuracy[name], made.numbers[name] = accuracy, len(made.numbers)
     return made
 
 
