@@ -4,6 +4,7 @@ from layerwise.registry import Registry
 
 TRANSFORMS = Registry("transform", {
     "drop": "layerwise.transform.drop:Drop",
+    "learn-rotation": "layerwise.transform.learn_rotation:LearnRotation",
     "low-rank": "layerwise.transform.low_rank:LowRank",
     "narrow": "layerwise.transform.narrow:Narrow",
     "quantize": "layerwise.transform.quantize:Quantize",

@@ -53,21 +53,27 @@ class RotateValues(Transform):
         """A block with rotated v and o. Raises BadOption as `edit` does."""
         mixer = self.edit(row, hidden=1).mixer
         assert isinstance(mixer, Attention)
-        block, generator = cast(Block, block), torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         turn_KDD = torch.stack([rotation(mixer.head_dim, generator) for _ in range(mixer.kv_heads)])
-        v, o = cast(nn.Linear, block.matrix("v")), cast(nn.Linear, block.matrix("o"))
-        groups = mixer.heads // mixer.kv_heads
-        v_KDI = _wide(v.weight).view(mixer.kv_heads, mixer.head_dim, -1)
-        new_v = (turn_KDD.to(v_KDI) @ v_KDI).flatten(0, 1)
-        o_OHD = _wide(o.weight).view(len(o.weight), mixer.heads, mixer.head_dim)
-        turn_HDD = turn_KDD.repeat_interleave(groups, 0).to(o_OHD)
-        new_o = torch.einsum("ohd,hed->ohe", o_OHD, turn_HDD).flatten(1)
-        bias: Tensor | None = None
-        if v.bias is not None:
-            bias_KD1 = _wide(v.bias).view(mixer.kv_heads, mixer.head_dim, 1)
-            bias = (turn_KDD.to(bias_KD1) @ bias_KD1).flatten().to(v.bias.dtype)
-        return block.with_matrices({"v": Dense.of(new_v.to(v.weight.dtype), bias),
-                                    "o": Dense.of(new_o.to(o.weight.dtype), o.bias)})
+        return fold_rotation(cast(Block, block), mixer, turn_KDD)
+
+
+@torch.no_grad()
+def fold_rotation(block: Block, mixer: Attention, turn_KDD: Tensor) -> Block:
+    """A block whose value heads are rotated and whose `o` rotates back; v and o must be dense."""
+    v, o = cast(nn.Linear, block.matrix("v")), cast(nn.Linear, block.matrix("o"))
+    groups = mixer.heads // mixer.kv_heads
+    v_KDI = _wide(v.weight).view(mixer.kv_heads, mixer.head_dim, -1)
+    new_v = (turn_KDD.to(v_KDI) @ v_KDI).flatten(0, 1)
+    o_OHD = _wide(o.weight).view(len(o.weight), mixer.heads, mixer.head_dim)
+    turn_HDD = turn_KDD.repeat_interleave(groups, 0).to(o_OHD)
+    new_o = torch.einsum("ohd,hed->ohe", o_OHD, turn_HDD).flatten(1)
+    bias: Tensor | None = None
+    if v.bias is not None:
+        bias_KD1 = _wide(v.bias).view(mixer.kv_heads, mixer.head_dim, 1)
+        bias = (turn_KDD.to(bias_KD1) @ bias_KD1).flatten().to(v.bias.dtype)
+    return block.with_matrices({"v": Dense.of(new_v.to(v.weight.dtype), bias),
+                                "o": Dense.of(new_o.to(o.weight.dtype), o.bias)})
 
 
 @torch.no_grad()
