@@ -12,12 +12,19 @@ typedef struct {
     float eps;
 } Block;
 
+/* Dense matrices are there in streams of float32 only. */
+static int product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
+                   int threads) {
+    if (w->kind == BFLOAT16 || w->kind == FLOAT16) return dense_product(w, x, rows, bias, y, stride, threads);
+    return packed_product(w, x, rows, bias, y, stride, half, threads);
+}
+
 static int joined_product(const Joined *w, const void *x, int64_t rows, char *y, int half, int threads) {
     int64_t stride = 0;
     for (int i = 0; i < 3 && w->parts[i]; i++) stride += w->parts[i]->outputs;
     int failed = 0;
     for (int i = 0; i < 3 && w->parts[i]; y += w->parts[i++]->outputs * (half ? 2 : 4))
-        failed |= packed_product(w->parts[i], x, rows, w->bias[i], y, stride, half, threads);
+        failed |= product(w->parts[i], x, rows, w->bias[i], y, stride, half, threads);
     return failed;
 }
 
@@ -42,12 +49,12 @@ int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, 
     rms_norm(x, b->attention_norm, tokens, hidden, b->eps, normed, half);
     int failed = joined_product(&b->qkv, normed, tokens, joined, half, threads);
     failed |= attend(a, p, b->heads, tokens, joined, cos, sin, k, v, mixed, half, threads);
-    failed |= packed_product(b->o, mixed, tokens, b->o_bias, normed, hidden, half, threads);
+    failed |= product(b->o, mixed, tokens, b->o_bias, normed, hidden, half, threads);
     add(x, normed, b->attention_post, b->eps, tokens, hidden, y, half);
     rms_norm(y, b->feed_forward_norm, tokens, hidden, b->eps, normed, half);
     failed |= joined_product(&b->gate_up, normed, tokens, joined, half, threads);
     gate_times(joined, tokens, b->inner, mixed, (int)b->activation, half);
-    failed |= packed_product(b->down, mixed, tokens, NULL, normed, hidden, half, threads);
+    failed |= product(b->down, mixed, tokens, NULL, normed, hidden, half, threads);
     add(y, normed, b->feed_forward_post, b->eps, tokens, hidden, y, half);
     free(normed);
     return failed;

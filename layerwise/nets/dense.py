@@ -56,10 +56,11 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     if dtype not in SLOW:
         return F.linear(x, weight_OI, bias_O)
     with torch.autocast("cpu", enabled=False):
-        return _widened(x, weight_OI, bias_O, dtype)
+        return widened(x, weight_OI, bias_O, dtype)
 
 
-def _widened(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+def widened(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x w' + b in float32, a part of the matrix at a time, given as `dtype`."""
     x, step = x.float(), max(1, PART // weight_OI.shape[1])
     if len(weight_OI) <= step:
         return F.linear(x, weight_OI.float(), None if bias_O is None else bias_O.float()).to(dtype)

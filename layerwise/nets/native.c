@@ -18,7 +18,6 @@ typedef uint8_t loose_half __attribute__((vector_size(8), aligned(1)));
 typedef int8_t signed_half __attribute__((vector_size(8)));
 
 enum { PIECE = 32, MOST_ROWS = 4, LARGEST_GROUP = 256, CHUNK = 8 };
-enum { NIBBLES = 4, BYTES = 8, SIGNED_BYTES = -8 };
 enum { SHIFT = 3, BASE = 1 << SHIFT, LARGEST_OF_TWO_DIGITS = 63 * BASE + BASE / 2 - 1 };
 
 typedef struct {

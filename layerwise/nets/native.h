@@ -64,6 +64,9 @@ INLINE floats exp_of(floats x) {
     return (floats)(((ints)value & ~low & ~high) | (high & 0x7f800000));
 }
 
+enum { NIBBLES = 4, BYTES = 8, SIGNED_BYTES = -8, BFLOAT16 = 16, FLOAT16 = -16 };
+
+/* Codes with scales, or, where `kind` is BFLOAT16 or FLOAT16, the numbers themselves. */
 typedef struct {
     const uint8_t *codes;
     const bf16 *scale, *zero; /* [outputs, inputs / group]; no zeros where the format is symmetric */
@@ -100,6 +103,7 @@ enum { SILU, GELU_TANH };
 
 int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                    int threads);
+int dense_product(const Matrix *w, const float *x, int64_t rows, const float *bias, float *y, int64_t stride, int threads);
 void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half);
 void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half);
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,

@@ -24,7 +24,9 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 """What a gate may do in the compiled functions, and how they are told."""
 
 
-class _Matrix(ctypes.Structure):
+class CMatrix(ctypes.Structure):
+    """`Matrix` of `native.h`."""
+
     _fields_ = [(name, c_void_p) for name in ("codes", "scale", "zero")] + [
         (name, c_int64) for name in ("outputs", "inputs", "group", "kind")]
 
@@ -66,11 +68,11 @@ class NativeMatrix:
         return NativeMatrix(stored.contiguous(), scale_OG.contiguous(), zero_OG, format, inputs, group)
 
     @cached_property
-    def _struct(self) -> _Matrix:
+    def _struct(self) -> CMatrix:
         kind = SIGNED_BYTES if self.store.dtype == torch.int8 else _stored_bits(self.format.bits)
         zero = None if self.zero is None else self.zero.data_ptr()
         codes, scale = self.store.data_ptr(), self.scale.data_ptr()
-        return _Matrix(codes, scale, zero, len(self.store), self.inputs, self.group, kind)
+        return CMatrix(codes, scale, zero, len(self.store), self.inputs, self.group, kind)
 
     def __getstate__(self) -> dict[str, object]:
         """What a copy takes over: addresses are its own."""

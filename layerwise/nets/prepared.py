@@ -37,7 +37,7 @@ from layerwise.nets.native import NativeMatrix
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedLinear
 from layerwise.nets.step import Step
-from layerwise.nets.wide import Float16Linear, Narrow, WideRMSNorm
+from layerwise.nets.wide import HalfLinear, Narrow, WideRMSNorm, may_widen
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -96,8 +96,8 @@ def prepare_norm(norm: nn.Module, wide: torch.dtype | None = None) -> nn.Module:
 def prepare_linear(linear: nn.Module, wide: torch.dtype | None = None) -> nn.Module:
     """The layer itself, or one in a better layout."""
     if isinstance(linear, Dense):
-        if wide is not None and Float16Linear.fits(linear.weight):
-            return Float16Linear(linear.weight, linear.bias)
+        if wide is not None and may_widen(linear.weight.device, linear.weight.dtype):
+            return HalfLinear(linear.weight, linear.bias)
         if PrepackedLinear.fits(linear.weight):
             return PrepackedLinear(linear.weight, linear.bias)
     if isinstance(linear, PackedLinear) and (wide is not None or isinstance(linear.lay_out(), NativeMatrix)):
@@ -117,9 +117,9 @@ def _branch(branch: Branch | None, wide: torch.dtype | None) -> Branch | None:
         new.body = new.body if wide is None else Narrow(new.body, wide)
         return _direct(new)
     if isinstance(new.body, Attention):
-        _join(new.body, "qkv", ("q", "k", "v"))
+        _join(new.body, "qkv", ("q", "k", "v"), wide)
     if isinstance(new.body, FeedForward):
-        _join(new.body, "gate_up", ("gate", "up"))
+        _join(new.body, "gate_up", ("gate", "up"), wide)
     for name, child in list(new.body.named_children()):
         if isinstance(child, RMSNorm | nn.LayerNorm):
             setattr(new.body, name, prepare_norm(child, wide))
@@ -139,9 +139,11 @@ def _head_norms(attention: Attention) -> HeadNorms | None:
     return HeadNorms(q.weight, k.weight, q.eps)
 
 
-def _join(body: nn.Module, name: str, parts: Sequence[str]) -> None:
-    """Make one layer of several that read the same input, where all are stored alike."""
+def _join(body: nn.Module, name: str, parts: Sequence[str], wide: torch.dtype | None) -> None:
+    """Make one layer of several that read the same input, where all are stored alike and are copied anyway."""
     layers = [getattr(body, part, None) for part in parts]
+    if wide is not None and any(isinstance(layer, Dense) for layer in layers):
+        return
     joined = _stacked([layer for layer in layers if layer is not None]) if all(layers) else None
     if joined is not None:
         for part in parts:

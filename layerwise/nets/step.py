@@ -1,4 +1,4 @@
-"""A block whose matrices are all packed, for few tokens in one compiled call.
+"""A block, its matrices packed or dense in half precision, for few tokens in one compiled call.
 
 Shapes: N tokens, C hidden width.
 """
@@ -19,6 +19,9 @@ from layerwise.nets.decoder import Block
 from layerwise.nets.direct import FEW_TOKENS, DirectAttention, LaidOutLinear, NativeRMSNorm
 from layerwise.nets.feed_forward import FeedForward
 from layerwise.nets.native import ACTIVATIONS, NativeMatrix
+from layerwise.nets.wide import HalfLinear
+
+Layer = LaidOutLinear | HalfLinear
 
 
 class _Joined(ctypes.Structure):
@@ -78,9 +81,9 @@ class Step:
         return y_NC
 
 
-def _parts(body: nn.Module, names: Sequence[str]) -> list[LaidOutLinear]:
+def _parts(body: nn.Module, names: Sequence[str]) -> list[Layer]:
     """The layers of those names that are there."""
-    return [cast(LaidOutLinear, body._modules[name]) for name in names if name in body._modules]
+    return [cast(Layer, body._modules[name]) for name in names if name in body._modules]
 
 
 def _matrices(body: nn.Module) -> list[nn.Module]:
@@ -90,18 +93,18 @@ def _matrices(body: nn.Module) -> list[nn.Module]:
 
 def _whole(layer: nn.Module) -> bool:
     """Whether the compiled product knows the layer and reads its inputs as they are, without padding."""
-    return (isinstance(layer, LaidOutLinear) and isinstance(layer.tiled, NativeMatrix)
-            and layer.tiled.inputs == layer.in_features)
+    return isinstance(layer, HalfLinear) or (isinstance(layer, LaidOutLinear) and isinstance(layer.tiled, NativeMatrix)
+                                             and layer.tiled.inputs == layer.in_features)
 
 
-def _joined(layers: Sequence[LaidOutLinear]) -> _Joined:
+def _joined(layers: Sequence[Layer]) -> _Joined:
     rest = [None] * (3 - len(layers))
     return _Joined((c_void_p * 3)(*map(_address, layers), *rest), (c_void_p * 3)(*map(_bias, layers), *rest))
 
 
-def _address(layer: LaidOutLinear) -> int:
-    return cast(NativeMatrix, layer.tiled).address
+def _address(layer: Layer) -> int:
+    return layer.address if isinstance(layer, HalfLinear) else cast(NativeMatrix, layer.tiled).address
 
 
-def _bias(layer: LaidOutLinear) -> int | None:
+def _bias(layer: Layer) -> int | None:
     return None if layer.bias_O is None else layer.bias_O.data_ptr()

@@ -7,44 +7,60 @@ Shapes: O outputs, I inputs, C width.
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
+import ctypes
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.nets.attention import Attention
+from layerwise.nets.compiled import library
 from layerwise.nets.decoder import Block
-from layerwise.nets.dense import SLOW
-from layerwise.nets.dense import linear as multiply
-from layerwise.nets.direct import Direct
+from layerwise.nets.dense import SLOW, widened
+from layerwise.nets.direct import FEW_ROWS, Direct
 from layerwise.nets.feed_forward import Experts, FeedForward
+from layerwise.nets.native import CMatrix
 from layerwise.nets.norms import RMSNorm
 
+HALVES = {torch.bfloat16: 16, torch.float16: -16}
+"""What weights are stored as, and how the compiled functions are told."""
 
-class Float16Linear(Direct):
-    """A dense layer in a float32 stream whose weight lies in float16 as FBGEMM wants it, for a CPU.
 
-    A token's product takes two thirds of the time of torch's bfloat16 one on AVX2, that of 4 to 16 tokens a quarter.
-    bfloat16 numbers are kept exactly down to 6e-5; the error of smaller ones is below 3e-8.
-    """
+class HalfLinear(Direct):
+    """A dense layer in a float32 stream whose half-precision weight is read as it is stored, for a CPU."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
+        self.weight = nn.Parameter(weight_OI.detach().contiguous(), requires_grad=False)
         self.out_features, self.in_features = weight_OI.shape
-        self.bias = None if bias_O is None else bias_O.detach().float()
-        self.packed = torch.fbgemm_pack_gemm_matrix_fp16(weight_OI.detach().float().contiguous())
+        self.bias_O = None if bias_O is None else bias_O.detach().float()
 
-    @staticmethod
-    def fits(weight_OI: Tensor) -> bool:
-        """Whether the weight is on a CPU that only multiplies wider numbers, and its range is that of float16."""
-        if not may_widen(weight_OI.device, weight_OI.dtype):
-            return False
-        least, most = map(float, torch.aminmax(weight_OI.detach()))
-        return 2**-8 <= max(-least, most) < 2**15
+    @cached_property
+    def _struct(self) -> CMatrix:
+        weight_OI = self.weight
+        return CMatrix(weight_OI.data_ptr(), None, None, *weight_OI.shape, 0, HALVES[weight_OI.dtype])
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy takes over: addresses are its own."""
+        return {name: value for name, value in vars(self).items() if name != "_struct"}
+
+    @property
+    def address(self) -> int:
+        """Where the C structure of the matrix lies, as long as this object lives."""
+        return ctypes.addressof(self._struct)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self.packed, self.bias)
+        x_MI = x.reshape(-1, self.in_features).contiguous()
+        rows = len(x_MI)
+        if rows > FEW_ROWS:
+            return widened(x, self.weight, self.bias_O, x.dtype)
+        found = library()
+        assert found is not None
+        y_MO, bias_O = x_MI.new_empty(rows, self.out_features), self.bias_O
+        if found.dense_product(self.address, x_MI.data_ptr(), rows, None if bias_O is None else bias_O.data_ptr(),
+                               y_MO.data_ptr(), self.out_features, torch.get_num_threads()):
+            raise MemoryError(f"no memory for {rows} rows of {self.in_features} inputs")
+        return y_MO.view(*x.shape[:-1], self.out_features)
 
     def logits(self, x: Tensor) -> Tensor:
         """The same, for a table that serves as the output head."""
@@ -52,8 +68,8 @@ class Float16Linear(Direct):
 
 
 def may_widen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a float32 stream is the faster one: a CPU that cannot multiply `dtype` but has FBGEMM's kernels."""
-    return device.type == "cpu" and dtype in SLOW and _has_float16_kernel()
+    """Whether a float32 stream is the faster one: a CPU that cannot multiply `dtype`, but compiled functions can."""
+    return device.type == "cpu" and dtype in SLOW and dtype in HALVES and library() is not None
 
 
 def widens(block: nn.Module) -> bool:
@@ -62,18 +78,6 @@ def widens(block: nn.Module) -> bool:
         return False
     bodies = [branch.body for branch in (block.attention, block.feed_forward) if branch is not None]
     return all(isinstance(body, Attention | FeedForward | Experts) for body in bodies)
-
-
-@cache
-def _has_float16_kernel() -> bool:
-    """Torch calls the kernel deprecated, once; the one that is to replace it takes 40 microseconds more a call."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            one = torch.ones(1, 16)
-            packed = torch.fbgemm_pack_gemm_matrix_fp16(one)
-            return bool(torch.fbgemm_linear_fp16_weight_fp32_activation(one, packed, None) == 16)
-    except (AttributeError, RuntimeError, NotImplementedError):
-        return False
 
 
 class Narrow(Direct):
@@ -89,18 +93,6 @@ class Narrow(Direct):
     def logits(self, x: Tensor) -> Tensor:
         """The same, for a table that serves as the output head."""
         return self.inner.logits(x.to(self.dtype)).float()  # type: ignore[no-any-return, operator]
-
-
-class TableHead(nn.Module):
-    """A dense token table as the output head."""
-
-    def __init__(self, table: nn.Embedding) -> None:
-        super().__init__()
-        self.table = table
-
-    def logits(self, x: Tensor) -> Tensor:
-        """x w', [..., vocabulary]."""
-        return multiply(x, self.table.weight)
 
 
 class WideEmbedding(nn.Module):

@@ -15,7 +15,7 @@ from layerwise.nets.direct import LaidOutLinear, PrepackedLinear
 from layerwise.nets.native import NativeMatrix
 from layerwise.nets.packed import PackedEmbedding
 from layerwise.nets.prepared import prepare, prepare_norm
-from layerwise.nets.wide import Float16Linear, Narrow, TableHead, WideEmbedding, may_widen, widens
+from layerwise.nets.wide import HalfLinear, Narrow, WideEmbedding, may_widen, widens
 from layerwise.stack.decoder import DecoderStack
 
 
@@ -57,11 +57,11 @@ def _head(stack: DecoderStack, wide: torch.dtype | None) -> nn.Module | None:
     """The output head in a better layout; None where it stays."""
     table = stack.decoder.embedding if stack.decoder.head is None else stack.decoder.head
     if isinstance(table, nn.Embedding):
-        if wide is not None and Float16Linear.fits(table.weight):
-            return Float16Linear(table.weight)
+        if wide is not None:
+            return HalfLinear(table.weight)
         if PrepackedLinear.fits(table.weight):
             return PrepackedLinear(table.weight)
-        return None if wide is None else Narrow(TableHead(table), wide)
+        return None
     if isinstance(table, PackedEmbedding) and (wide is not None or isinstance(table.lay_out(), NativeMatrix)):
         return LaidOutLinear(table)
     return None if wide is None else Narrow(table, wide)

@@ -10,6 +10,7 @@ import torch
 import layerwise as lw
 from layerwise.nets.compiled import library
 from layerwise.nets.prepared import DirectBlock
+from layerwise.nets.wide import may_widen
 from layerwise.serve.request import Params
 from layerwise.spec import Attention, FeedForward, LayerSpec, Norm
 from layerwise.stack.decoder import DecoderStack
@@ -91,6 +92,19 @@ def test_other_blocks_go_part_by_part(row: LayerSpec) -> None:
     assert not any(steps(engine))
     assert [done.tokens for done in engine.generate(PROMPTS, GREEDY)] == [
         done.tokens for done in plain.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.skipif(not may_widen(torch.device("cpu"), torch.bfloat16), reason="this processor multiplies bfloat16")
+@pytest.mark.parametrize("matrices", [(), ("k", "gate", "o")], ids=["none", "some"])
+def test_dense_matrices_of_half_precision_are_read_as_they_are(matrices: tuple[str, ...]) -> None:
+    stack = packed(dtype="bfloat16", matrices=matrices)
+    whole, exact = lw.Engine(stack, cache_tokens=512), stack.copied(torch.float32)
+    assert all(steps(whole))
+    for found, prompt in zip(whole.generate(PROMPTS, GREEDY), PROMPTS, strict=True):
+        logits_TV = exact(torch.tensor([[*prompt, *found.tokens]]))[0]
+        assert found.logprobs is not None
+        for place, (token, one) in enumerate(zip(found.tokens, found.logprobs, strict=True), len(prompt) - 1):
+            assert one.logprob == pytest.approx(float(logits_TV[place].log_softmax(-1)[token]), abs=TEN_BITS)
 
 
 def test_blocks_of_which_only_a_part_is_packed() -> None:
