@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,16 @@ from layerwise.allocate.plan import Plan
 from layerwise.data.text import TextData
 from layerwise.errors import BadData, BadModel, BadOption, BadPlan
 from layerwise.nets.decoder import Block
-from layerwise.spec import LayerSpec
+from layerwise.spec import Attention, LayerSpec
 from layerwise.stack.base import Stack, State
 from layerwise.stack.decoder import DecoderStack
 from layerwise.transform import TRANSFORMS
 from layerwise.transform.base import Transform
 from layerwise.transform.gram import grams, normed
+from layerwise.transform.learn_rotation import LearnRotation
 from layerwise.transform.quantize import Quantize, pack_table, table_gram, values
+from layerwise.transform.rotate import RotateValues
+from layerwise.transform.scale_inputs import ScaleInputs
 from layerwise.transform.share_kv import ShareKV
 
 
@@ -38,6 +41,7 @@ def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStac
         )
     spec = plan.edited(stack.spec)
     layers, outside = _transforms(plan)
+    _check_shared(layers, stack.spec.rows)
     if data is None and any("gram" in transform.needs for edits in layers.values() for transform in edits):
         raise BadData(
             "a plan that needs calibration statistics, without data",
@@ -81,6 +85,20 @@ def _transforms(plan: Plan) -> tuple[dict[int, list[Transform]], dict[str, Quant
         else:
             outside[edit.target] = transform
     return layers, outside
+
+
+def _check_shared(layers: Mapping[int, Sequence[Transform]], rows: Sequence[LayerSpec]) -> None:
+    """Raises BadPlan where values are rotated or scaled that a layer reads which does not know of it."""
+    readers = {mixer.shares: layer for layer, mixer in ((n, row.mixer) for n, row in enumerate(rows))
+               if isinstance(mixer, Attention) and mixer.shares is not None}
+    readers |= {edit.source: layer for layer, edits in layers.items() for edit in edits if isinstance(edit, ShareKV)}
+    for source, reader in readers.items():
+        for edit in layers.get(source, ()):
+            scales = isinstance(edit, ScaleInputs) and "o" in edit.inputs
+            if scales or isinstance(edit, RotateValues | LearnRotation):
+                raise BadPlan(f"{edit.name} for layer {source}, whose values layer {reader} shares",
+                              expected="values that only their own layer reads",
+                              do="remove this edit, or for scale-inputs the input 'o'")
 
 
 def _packed_table(table: nn.Module | None, transform: Quantize | None, gram_CC: Tensor | None) -> nn.Module | None:

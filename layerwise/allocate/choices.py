@@ -13,10 +13,11 @@ from layerwise.allocate.losses import DEPTH, Alternative, Losses, Target, predic
 from layerwise.allocate.mixtures import Option, combined, merged_edits, useful
 from layerwise.allocate.plan import Edit
 from layerwise.errors import BadOption
-from layerwise.measure.output_error import kept_units, units_of
+from layerwise.measure.output_error import ROTATED, kept_units, units_of
 from layerwise.measure.scores import Scores
 from layerwise.nets.decoder import MATRICES
 from layerwise.spec import Format, LayerSpec, StackSpec
+from layerwise.transform.learn_rotation import rotatable
 
 TABLE_BITS = (8, 6, 4)
 ROW_BITS = (8, 6, 5, 4, 3, 2)
@@ -86,6 +87,11 @@ def factors(shares: Sequence[float]) -> list[Alternative]:
                         each=True) for share in shares]
 
 
+def rotated() -> Alternative:
+    """Rotations of values learned before v and o are rounded; offered where the errors after them were measured."""
+    return Alternative(ROTATED, "learn-rotation")
+
+
 def narrowed(shares: Sequence[float], spec: StackSpec) -> list[Alternative]:
     """Fewer channels of the feed-forward half, or fewer key-value heads with their queries."""
     found, units = [], units_of(spec.rows[0]) if spec.rows else {}
@@ -111,10 +117,10 @@ def defaults(scores: Scores, by: str | Sequence[str] | None = None) -> list[Alte
     Where output errors and responses were measured, every matrix by itself in every format they know.
     """
     labels = [name.split(":", 2)[2] for name in scores.columns if name.startswith("output-error:")]
-    known = [label for label in dict.fromkeys(labels) if label != "probe"]
+    known = [label for label in dict.fromkeys(labels) if label != "probe" and " " not in label]
     if by is None and known and any(name.startswith("response:") for name in scores.columns):
         drops = [dropped(), dropped("attention"), dropped("feed_forward")]
-        return [keep(), *mixed(known), *(drop for drop in drops if tried_columns(scores, drop))]
+        return [keep(), *mixed(known), rotated(), *(drop for drop in drops if tried_columns(scores, drop))]
     names = scores.columns if by is None else [by] if isinstance(by, str) else by
     parts = [dropped("attention"), dropped("feed_forward")]
     offered = [part for part in parts if by is None and tried_columns(scores, part)]
@@ -187,6 +193,7 @@ def _half(layer: int, matrices: Sequence[str], alternatives: Sequence[Alternativ
     row, part = spec.rows[layer], MATRICES[matrices[0]]
     whole = [_options(layer, matrix, alternatives, losses, spec, clock, row) for matrix in matrices]
     found = combined(whole, currencies) if all(whole) else []
+    found += _rotated(layer, matrices, whole, alternatives, losses, spec, clock, currencies)
     for alternative in alternatives:
         drops = alternative.arguments.get("part") == part and row.mixer and row.feed_forward
         narrows = alternative.transform == "narrow" and ("width" in alternative.arguments) == (part == "feed_forward")
@@ -199,6 +206,27 @@ def _half(layer: int, matrices: Sequence[str], alternatives: Sequence[Alternativ
             inner = [_options(layer, matrix, alternatives, losses, spec, clock, narrow) for matrix in matrices]
             found += combined([[replace(option, label="mixed")], *inner], currencies) if all(inner) else []
     return useful(found, currencies) if found else []
+
+
+def _rotated(layer: int, matrices: Sequence[str], whole: Sequence[Sequence[Option]],
+             alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec, clock: Clock | None,
+             currencies: Sequence[str]) -> list[Option]:
+    """Attention with its values rotated first, which costs nothing: v and o then lose what was measured after it."""
+    rotation = next((item for item in alternatives if item.transform == "learn-rotation"), None)
+    sources = {item.arguments["source"] for item in alternatives if item.transform == "share-kv"}
+    if rotation is None or not {"v", "o"} <= set(matrices) or layer in sources or not rotatable(spec.rows, layer):
+        return []
+    after = [replace(item, measured=f"output-error:{ROTATED} {item.label}") for item in alternatives
+             if item.each and item.transform == "quantize"]
+    row, kept = spec.rows[layer], [option for option in whole[matrices.index("v")] if not option.edits]
+    o = _options(layer, "o", after, losses, spec, clock, row)
+    v = [*kept, *_options(layer, "v", after, losses, spec, clock, row)]
+    if not o:
+        return []
+    edit = Edit(layer, "learn-rotation", rotation.arguments, 0.0)
+    first = Option("mixed", (edit,), 0.0, dict.fromkeys(row_cost(row, spec, clock), 0.0))
+    parts = [{"v": v, "o": o}.get(matrix, options) for matrix, options in zip(matrices, whole, strict=True)]
+    return combined([[first], *parts], currencies) if all(parts) else []
 
 
 def _mixture(layer: int, row: LayerSpec, option: Option, base: Cost, hidden: int) -> Choice:

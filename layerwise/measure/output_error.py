@@ -28,8 +28,10 @@ from layerwise.stack.base import Stack, State
 from layerwise.stack.decoder import DecoderStack
 from layerwise.transform.gptq import output_error
 from layerwise.transform.gram import grams, normed
+from layerwise.transform.learn_rotation import LearnRotation, rotatable
 from layerwise.transform.output_error import energy, low_rank_errors, narrow_errors
 from layerwise.transform.quantize import SEARCH_STEPS, SWEEPS, Method, rounded_by, table_gram, values
+from layerwise.transform.rotate import fold_rotation, rotated_gram
 from layerwise.transform.rounding import round_to_nearest
 
 PROBE = Format(3, 64)
@@ -39,6 +41,7 @@ large enough to stand out of bfloat16 rounding, small enough that errors act in 
 FORMATS = ("8/row=", "6/64", "4/32", "4/64", "3/64", "2/64")
 STEP = 64
 SEARCH: Method = "search"
+ROTATED = "rotated"
 ROWS, TABLE_ROWS = 96, 512
 """Channels are kept in multiples of STEP; so many outputs of a matrix, evenly spaced, stand for all of them."""
 
@@ -51,12 +54,14 @@ class OutputError(Reading):
     `<matrix>:rank <share>` hold the error of factors with that share of the matrix's parameters; with `widths`,
     `o:width <share>` and `down:width <share>` that of keeping this share of key-value heads or of channels. Columns
     `table:<format>` say for token tables what part of the error of rounding with searched scales is left.
+    With `rotated`, columns `v:rotated <format>` and `o:rotated <format>` hold the error after learned rotations.
     """
 
     formats: tuple[str, ...] = FORMATS
     method: Method = "gptq"
     ranks: tuple[float, ...] = ()
     widths: tuple[float, ...] = ()
+    rotated: bool = False
 
     name: ClassVar[str] = "output-error"
     unit: ClassVar[str] = "share"
@@ -82,6 +87,7 @@ class OutputError(Reading):
         found = [f"{matrix}:{label}" for matrix in MATRICES for label in (*self.formats, *ranks, "probe")]
         found += [f"{matrix}:{label}" for matrix in ("o", "down") for label in widths]
         found += [f"table:{label}" for label in self.formats]
+        found += [f"{matrix}:{ROTATED} {label}" for matrix in ("v", "o") for label in self.formats if self.rotated]
         return dict.fromkeys(found, self.unit)
 
     def of_layer(self, stack: Stack, layer: int, states: Sequence[State]) -> Mapping[str, float]:
@@ -96,7 +102,19 @@ class OutputError(Reading):
                 errors = self.of_matrix(values(matrix), gram_of[name], f"matrix {name!r} of layer {layer}")
                 found |= {f"{name}:{part}": error for part, error in errors.items()}
                 found |= self._structural(values(matrix), gram_of[name], name, stack.spec.rows[layer])
+        if self.rotated and rotatable(stack.spec.rows, layer):
+            found |= self._after_rotation(block, stack.spec.rows[layer], gram_of)
         return found
+
+    def _after_rotation(self, block: Block, row: LayerSpec, gram_of: Mapping[str, Tensor]) -> dict[str, float]:
+        """Relative errors of v and o by format once their rotation is learned; their outputs only turn with it."""
+        mixer = row.mixer
+        assert isinstance(mixer, Attention)
+        turn_KDD = LearnRotation().learned(block, mixer, gram_of)
+        turned = fold_rotation(block, mixer, turn_KDD)
+        inputs = {"v": gram_of["v"], "o": rotated_gram(gram_of["o"], mixer, turn_KDD)}
+        return {f"{name}:{ROTATED} {part}": error for name, gram_II in inputs.items()
+                for part, error in self.of_matrix(values(turned.matrix(name)), gram_II).items() if part != "probe"}
 
     def _structural(self, weight_OI: Tensor, gram_II: Tensor, name: str, row: LayerSpec) -> dict[str, float]:
         """Relative errors of ranks and widths."""

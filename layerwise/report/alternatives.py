@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from layerwise.allocate.budget import Budget
-from layerwise.allocate.choices import dropped, factored, factors, keep, mixed, narrowed
+from layerwise.allocate.choices import dropped, factored, factors, keep, mixed, narrowed, rotated
 from layerwise.allocate.cost import totals
 from layerwise.allocate.losses import Alternative
 from layerwise.errors import BadData, BadOption
@@ -92,7 +92,7 @@ def _parsed(word: str) -> Format:
 
 def _formats(labels: Iterable[str]) -> list[Alternative]:
     labels = list(labels)
-    return mixed(labels, tables=table_formats(labels))
+    return [*mixed(labels, tables=table_formats(labels)), rotated()]
 
 
 def defaults_for(budget: Budget, spec: StackSpec, hard: bool = False) -> list[Alternative]:
@@ -169,7 +169,9 @@ def reading(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
     labels = tuple(item.label for item in alternatives if item.each and item.transform == "quantize")
     ranks = dict.fromkeys(item.arguments["rank"] for item in alternatives if item.transform == "low-rank")
     widths = WIDTHS if any(item.transform == "narrow" for item in alternatives) else ()
-    return [OutputError(labels or ("8/row=",), ranks=tuple(ranks), widths=widths)] if labels or ranks or widths else []
+    turned = any(item.transform == "learn-rotation" for item in alternatives)
+    wanted = OutputError(labels or ("8/row=",), ranks=tuple(ranks), widths=widths, rotated=turned)
+    return [wanted] if labels or ranks or widths else []
 
 
 def trying(alternatives: Sequence[Alternative]) -> list[str | Instrument]:

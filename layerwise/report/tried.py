@@ -103,7 +103,7 @@ def _formats_only(scores: Scores, decide: Decide, solver: str) -> Iterator[Plan]
 
     How much those lose is predicted less well than what rounding loses, so a plan without them stands beside.
     """
-    plain = [item for item in decide.alternatives if item.transform in (None, "quantize")]
+    plain = [item for item in decide.alternatives if item.transform in (None, "quantize", "learn-rotation")]
     if len(plain) == len(decide.alternatives) or not any(item.transform for item in plain):
         return
     try:

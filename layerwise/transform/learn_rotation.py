@@ -17,6 +17,7 @@ Shapes: O outputs of o, C inputs of v, K value heads, Q query heads of each, D h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -70,15 +71,25 @@ class LearnRotation(Transform):
         Raises BadOption as `edit` does, BadData where Gram matrices are missing or not finite, and BadModel where
         weights are not finite.
         """
-        mixer = self.edit(row, hidden=1).mixer
-        assert isinstance(mixer, Attention)
-        block, grams = cast(Block, block), stats or {}
+        mixer = cast(Attention, self.edit(row, hidden=1).mixer)
+        return fold_rotation(cast(Block, block), mixer, self.learned(cast(Block, block), mixer, stats or {}))
+
+    def learned(self, block: Block, mixer: Attention, grams: Stats) -> Tensor:
+        """The rotation of each value head, float64 [K, D, D]. Raises BadData and BadModel as `apply` does."""
         if not {"v", "o"} <= grams.keys():
             raise BadData("learning rotations without statistics of the inputs of v and o",
                           expected="calibration data", do="pass data, or use 'rotate-values', which needs none")
         v, o = (cast(nn.Linear, block.matrix(name)).weight.detach() for name in ("v", "o"))
-        turn_KDD = learned_rotation(v, o, grams["v"], grams["o"], mixer, self.group, self.steps, self.seed)
-        return fold_rotation(block, mixer, turn_KDD)
+        return learned_rotation(v, o, grams["v"], grams["o"], mixer, self.group, self.steps, self.seed)
+
+
+def rotatable(rows: Sequence[LayerSpec], layer: int) -> bool:
+    """Whether values of `layer` may be rotated: it has its own, v and o are dense, and no layer shares them."""
+    try:
+        RotateValues().edit(rows[layer], hidden=1)
+    except BadOption:
+        return False
+    return all(getattr(row.mixer, "shares", None) != layer for row in rows)
 
 
 @torch.inference_mode(False)

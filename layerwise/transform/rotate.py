@@ -76,6 +76,13 @@ def fold_rotation(block: Block, mixer: Attention, turn_KDD: Tensor) -> Block:
                                 "o": Dense.of(new_o.to(o.weight.dtype), o.bias)})
 
 
+def rotated_gram(gram_II: Tensor, mixer: Attention, turn_KDD: Tensor) -> Tensor:
+    """The Gram matrix of what `o` reads once its value heads are rotated."""
+    turn_HDD = turn_KDD.repeat_interleave(mixer.heads // mixer.kv_heads, 0).to(gram_II)
+    half_HDI = turn_HDD @ gram_II.view(mixer.heads, mixer.head_dim, -1)
+    return (turn_HDD @ half_HDI.flatten(0, 1).T.reshape(half_HDI.shape)).flatten(0, 1)
+
+
 @torch.no_grad()
 def rotate_residual(stack: DecoderStack, seed: int = 0) -> DecoderStack:
     """A stack that computes the same with its residual stream rotated and its norms without gains.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +14,29 @@ from hypothesis import strategies as st
 
 from layerwise.allocate.apply import apply
 from layerwise.allocate.budget import Budget
-from layerwise.allocate.choices import defaults, dropped, factored, keep, make_choices, mixed, narrowed
+from layerwise.allocate.choices import (
+    Choice,
+    defaults,
+    dropped,
+    factored,
+    keep,
+    make_choices,
+    mixed,
+    narrowed,
+    rotated,
+)
+from layerwise.allocate.losses import Alternative
 from layerwise.allocate.mixtures import Option, combined, front, merged_edits
-from layerwise.allocate.plan import Edit
+from layerwise.allocate.plan import Edit, Plan
 from layerwise.allocate.solve import allocate
 from layerwise.data.text import Source, TextData
+from layerwise.errors import BadPlan
 from layerwise.measure.engine import measure
 from layerwise.measure.output_error import OutputError
 from layerwise.measure.response import Response
 from layerwise.measure.scores import Scores
+from layerwise.spec import Attention, FeedForward, LayerSpec
+from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
 
 FORMATS = ("8/row=", "4/16", "3/16", "2/16")
@@ -147,3 +162,67 @@ def structural() -> Scores:
     tokens_NT = torch.randint(50, (4, 24), generator=torch.Generator().manual_seed(0))
     errors = OutputError(FORMATS, "nearest", ranks=(0.5,), widths=(0.5,))
     return measure(random_stack(), tokens_NT, [errors, Response(tables=FORMATS)], progress=False)
+
+
+@pytest.fixture(scope="module")
+def rotations() -> tuple[DecoderStack, Scores]:
+    stack = random_stack()
+    tokens_NT = torch.randint(50, (4, 24), generator=torch.Generator().manual_seed(0))
+    return stack, measure(stack, tokens_NT, [OutputError(FORMATS, rotated=True), Response(tables=FORMATS)],
+                          progress=False)
+
+
+def attention(choice: Choice, name: str) -> Edit | None:
+    return next((edit for edit in choice.edits if name in (edit.arguments.get("matrices") or ())), None)
+
+
+def test_rotated_attention_predicts_what_v_and_o_lose_after_it(rotations: tuple[DecoderStack, Scores]) -> None:
+    _, scores = rotations
+    groups, _ = make_choices(scores, [keep(), *mixed(["2/16"], tables=()), rotated()])
+    turned = [choice for choice in groups[0] if any(edit.transform == "learn-rotation" for edit in choice.edits)]
+    assert turned
+    for choice in turned:
+        assert choice.edits[0].transform == "learn-rotation" and attention(choice, "o") is not None
+        expected = 0.0
+        for matrix in scores.spec.rows[0].matrices(64):
+            if attention(choice, matrix):
+                column = f"{matrix}:rotated 2/16" if matrix in ("v", "o") else f"{matrix}:2/16"
+                expected += (scores[f"response:{matrix}"].values[0] * scores[f"output-error:{column}"].values[0]
+                             / scores[f"output-error:{matrix}:probe"].values[0])
+        assert choice.loss == pytest.approx(expected)
+        alike = [other for other in groups[0] if other not in turned and other.row == choice.row]
+        assert all(other.cost == pytest.approx(choice.cost) for other in alike)
+
+
+def test_rotation_is_offered_only_where_it_was_measured_and_nothing_shares_the_values(
+        rotations: tuple[DecoderStack, Scores], measured: Scores) -> None:
+    def offered(scores: Scores, *more: Alternative) -> list[bool]:
+        groups, _ = make_choices(scores, [keep(), *mixed(FORMATS), rotated(), *more])
+        return [any(edit.transform == "learn-rotation" for choice in group for edit in choice.edits)
+                for group in groups[:2]]
+
+    assert offered(rotations[1]) == [True, True]
+    assert offered(measured) == [False, False]
+    assert offered(rotations[1], Alternative("share", "share-kv", {"source": 0})) == [False, True]
+
+
+def test_a_plan_with_rotations_is_carried_out_and_reloads(rotations: tuple[DecoderStack, Scores],
+                                                          tmp_path: Path) -> None:
+    stack, scores = rotations
+    plan = allocate(scores, Budget(bytes=0.35), alternatives=[keep(), *mixed(FORMATS), rotated()])
+    assert any(edit.transform == "learn-rotation" for edit in plan.edits)
+    tokens_NT = torch.randint(50, (4, 24), generator=torch.Generator().manual_seed(0))
+    data = TextData(tokens_NT, "random", Source("random", "calibration", "", 96, (0, 1, 2, 3)))
+    slim, tokens_BT = apply(stack, plan, data), torch.arange(12).view(2, 6)
+    assert slim.spec.bytes() <= 0.35 * stack.spec.bytes()
+    plan.save(tmp_path / "plan.json")
+    again = apply(stack, Plan.load(tmp_path / "plan.json"), data)
+    assert torch.equal(again(tokens_BT), slim(tokens_BT))
+
+
+def test_values_that_another_layer_shares_stay_as_they_are() -> None:
+    row = LayerSpec(Attention(4, 2, 16), FeedForward(96))
+    stack = random_stack(2, row=row)
+    edits = (Edit(0, "rotate-values"), Edit(1, "share-kv", {"source": 0}))
+    with pytest.raises(BadPlan, match="rotate-values for layer 0, whose values layer 1 shares"):
+        apply(stack, Plan(stack.spec.fingerprint(), 2, edits))
