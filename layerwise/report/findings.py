@@ -67,6 +67,10 @@ def _importance(scores: Scores) -> Iterator[Finding]:
     few = min(FEW, len(order) // 2)
     if not few:
         return
+    if main.name == "leave-one-out" and main.values[order[-1]] <= 0:
+        yield Finding("Without any one of the layers the loss is no higher: on this data none of them helps, and which "
+                      "could go cannot be told.", sure=False)
+        return
     most, least = order[: -few - 1 : -1], order[:few]
     kind = "taking each away" if main.name in TRIED else f"{main.name}, which does not try it"
     carry = "carries" if few == 1 else "carry"

@@ -40,6 +40,11 @@ def test_few_layers_are_ranked_too(count: int, said: str) -> None:
     assert not any("could go" in finding.text for finding in findings(alone))
 
 
+def test_layers_that_only_do_harm_carry_nothing() -> None:
+    first = findings(scores(column("leave-one-out", [-value for value in RISING]), column("zd", RISING)))[0]
+    assert not first.sure and "none of them helps" in first.text
+
+
 def test_layers_of_a_module_that_cannot_be_taken_away_are_named() -> None:
     spec = replace(random_stack(LAYERS).spec, vocabulary=0)
     tried = column("leave-one-out", [*RISING[:5], math.nan, 6.0, math.nan])
