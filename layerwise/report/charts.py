@@ -98,11 +98,12 @@ def roofline_chart(scores: Scores) -> Figure:
                 text=[f"layer {layer}" for layer in range(len(scores.spec.rows))],
                 name=name,
                 mode="markers",
+                cliponaxis=False,
                 marker={"color": colour, "size": 9},
                 hovertemplate="%{text}: %{y:.0%} of the limit at %{x:.1f} FLOP/byte<extra></extra>",
             )
     figure.add_hline(y=1, line_dash="dot", line_color=BEFORE)
-    steps = [mantissa * 10.0**power for power in range(-4, 7) for mantissa in (1, 2, 5)]
+    steps = [mantissa * 10.0**power for power in range(-4, 7) for mantissa in (1, 1.5, 2, 3, 5, 7)]
     figure.update_xaxes(title_text="FLOP per byte", type="log", tickvals=steps, ticktext=[f"{x:g}" for x in steps])
     figure.update_yaxes(title_text="share of the limit", tickformat=".0%", rangemode="tozero")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
@@ -307,4 +308,5 @@ def plain(figure: Figure, height: int, left: int = 70) -> Figure:
         hoverlabel={"font": {"size": 13}},
         bargap=0.25,
     )
+    figure.update_yaxes(automargin=True, title_standoff=10)
     return figure
