@@ -58,11 +58,12 @@ def ranking_columns(scores: Scores) -> list[Column]:
 
 
 def _importance(scores: Scores) -> Iterator[Finding]:
-    columns = ranking_columns(scores)
+    columns = [column for column in ranking_columns(scores) if any(value == value for value in column.values)]
+    if _asked(scores) & set(TRIED) and len(scores.spec.rows) > 1 and not any(c.name in TRIED for c in columns):
+        yield Finding("No layer can be taken away: the output of each has another shape than its input.")
     if not columns:
         return
-    main = next((column for column in columns if column.name in (*TRIED, "block-influence")
-                 and any(value == value for value in column.values)), columns[0])
+    main = next((column for column in columns if column.name in (*TRIED, "block-influence")), columns[0])
     order = [layer for layer in main.ranking() if not math.isnan(main.values[layer])]
     few = min(FEW, len(order) // 2)
     if not few:
@@ -89,6 +90,12 @@ def _importance(scores: Scores) -> Iterator[Finding]:
                       f"(rank correlation with {main.name}: {said}).", sure=False)
     elif others:
         yield Finding(f"All {len(others)} other instruments order the layers much the same way.")
+
+
+def _asked(scores: Scores) -> set[str]:
+    """The names of all instruments that were run; one whose trials were all impossible has no column."""
+    parts = scores.provenance.get("merged", [scores.provenance])
+    return {instrument["name"] for part in parts for instrument in part.get("instruments", [])}
 
 
 def _knowledge(scores: Scores) -> Iterator[Finding]:

@@ -40,6 +40,13 @@ def test_few_layers_are_ranked_too(count: int, said: str) -> None:
     assert not any("could go" in finding.text for finding in findings(alone))
 
 
+def test_where_no_layer_can_be_taken_away_that_is_said_and_another_instrument_ranks() -> None:
+    run = {"merged": [{"instruments": [{"name": "taylor"}]}, {"instruments": [{"name": "skip-effect"}]}]}
+    first, second = findings(replace(scores(column("taylor", RISING)), provenance=run))[:2]
+    assert first.sure and "No layer can be taken away" in first.text
+    assert not second.sure and "By taylor, which does not try it, layers 5, 6 and 7 carry" in second.text
+
+
 def test_layers_that_only_do_harm_carry_nothing() -> None:
     first = findings(scores(column("leave-one-out", [-value for value in RISING]), column("zd", RISING)))[0]
     assert not first.sure and "none of them helps" in first.text
