@@ -92,7 +92,8 @@ def _parsed(word: str) -> Format:
 
 def _formats(labels: Iterable[str]) -> list[Alternative]:
     labels = list(labels)
-    return [*mixed(labels, tables=table_formats(labels)), rotated()]
+    coarse = any(Format.parse(label).bits < 8 for label in labels)
+    return [*mixed(labels, tables=table_formats(labels)), *([rotated()] if coarse else [])]
 
 
 def defaults_for(budget: Budget, spec: StackSpec, hard: bool = False) -> list[Alternative]:

@@ -76,7 +76,8 @@ def test_instruments_are_those_the_alternatives_need(before_spec: StackSpec) -> 
 def test_words_become_alternatives(before_spec: StackSpec) -> None:
     words = ["8", "3/64", "drop", "drop-attention"]
     found = [alternative.label for alternative in parse_alternatives(words, before_spec)]
-    assert found == ["keep", "8/row=", "3/64", "drop", "drop attention"]
+    assert found == ["keep", "8/row=", "3/64", "rotated", "drop", "drop attention"]
+    assert [item.label for item in parse_alternatives(["8"], before_spec)] == ["keep", "8/row="]
     assert parse_alternatives([], before_spec) == []
     assert len(parse_alternatives(["bits", "4"], before_spec)) == len(parse_alternatives(["bits"], before_spec))
     check_words([*words, "bits", "4"])
