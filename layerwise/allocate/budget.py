@@ -14,6 +14,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "bytes": {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "parameters": {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9},
     "layers": {"layers": 1},
+    "cache": {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "KiB": 2**10, "MiB": 2**20},
     "milliseconds": {"us": 1e-3, "ms": 1, "s": 1e3},
     "prefill": {"us": 1e-3, "ms": 1, "s": 1e3},
     "bits": {"bits": 1},
@@ -27,6 +28,7 @@ class Budget:
     - `bytes`: stored bytes of the whole model, exactly as a saved file holds them.
     - `parameters`: number of parameters.
     - `layers`: number of layers.
+    - `cache`: bytes of keys and values (or states) per token of a sequence that fills the context, as computed.
     - `milliseconds`: measured time to decode one token.
     - `prefill`: measured milliseconds to read a prompt (see `stopwatch.PROMPT`).
     - `bits`: stored bits per parameter of the original, scales and zero points included.
@@ -39,6 +41,7 @@ class Budget:
     bytes: Amount | None = None
     parameters: Amount | None = None
     layers: Amount | None = None
+    cache: Amount | None = None
     milliseconds: Amount | None = None
     prefill: Amount | None = None
     bits: Amount | None = None
@@ -77,6 +80,8 @@ def show(currency: str, value: float) -> str:
     """An absolute amount with its unit, for people."""
     if currency == "bytes":
         return f"{value / 1e6:.2f} MB" if value >= 1e5 else f"{value:.0f} bytes"
+    if currency == "cache":
+        return f"{value:,.0f} bytes of cache per token"
     if currency in ("milliseconds", "prefill"):
         return f"{value:.3g} ms{' of prefill' if currency == 'prefill' else ''}"
     return f"{value:.3f} bits per parameter" if currency == "bits" else f"{value:.0f} {currency}"

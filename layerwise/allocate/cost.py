@@ -40,10 +40,11 @@ class Clocks:
 def row_cost(row: LayerSpec | None, spec: StackSpec, clock: Clock | None = None) -> Cost:
     """The cost of one layer of `spec` in each currency; nothing where the layer is gone."""
     if row is None:
-        cost = {"bytes": 0.0, "parameters": 0.0, "layers": 0.0, "bits": 0.0}
+        cost = {"bytes": 0.0, "parameters": 0.0, "layers": 0.0, "cache": 0.0, "bits": 0.0}
         return cost | _times(clock, lambda _: 0.0)
     size = row.bytes(spec.hidden, spec.dtype)
     cost = _sizes(size, row.parameters(spec.hidden), spec) | {"layers": 1.0}
+    cost["cache"] = float(row.cache_bytes(spec.context, spec.dtype))
     return cost | _times(clock, lambda clock: clock.row(row))
 
 
@@ -53,7 +54,7 @@ def table_cost(target: str, spec: StackSpec, clock: Clock | None = None) -> Cost
     Time goes to the table that makes the logits: the head, or the embedding where they are one.
     """
     size = spec.embedding_bytes() if target == "embedding" else spec.head_bytes()
-    cost = _sizes(size, spec.vocabulary * spec.hidden, spec) | {"layers": 0.0}
+    cost = _sizes(size, spec.vocabulary * spec.hidden, spec) | {"layers": 0.0, "cache": 0.0}
     makes_logits = target == "head" or spec.tied
     return cost | _times(clock, lambda clock: clock.outside(spec) if makes_logits else 0.0)
 
@@ -64,7 +65,8 @@ def rest_cost(spec: StackSpec, clock: Clock | None = None) -> Cost:
     stored += [row_cost(row, spec) for row in spec.rows]
     size = spec.bytes() - round(sum(part["bytes"] for part in stored))
     cost = _sizes(size, spec.parameters() - round(sum(part["parameters"] for part in stored)), spec)
-    return cost | {"layers": 0.0} | _times(clock, lambda clock: 0.0 if tables(spec) else clock.outside(spec))
+    cost |= {"layers": 0.0, "cache": 0.0}
+    return cost | _times(clock, lambda clock: 0.0 if tables(spec) else clock.outside(spec))
 
 
 def totals(spec: StackSpec, clock: Clock | None = None) -> Cost:

@@ -21,6 +21,7 @@ Amount = str | None
 Bytes = Annotated[Amount, typer.Option("--bytes", help="Stored size, such as 55%, 120MB, or 2x for half.")]
 Parameters = Annotated[Amount, typer.Option("--parameters", help="Number of parameters, such as 80% or 100M.")]
 Layers = Annotated[Amount, typer.Option("--layers", help="Number of layers, such as 24 or 80%.")]
+Cache = Annotated[Amount, typer.Option("--cache", help="KV cache per token, such as 50%, 8kB, or 2x for half.")]
 Milliseconds = Annotated[
     Amount,
     typer.Option("--decode", "--milliseconds",
@@ -50,6 +51,7 @@ def optimize(
     bytes: Bytes = None,
     parameters: Parameters = None,
     layers: Layers = None,
+    cache: Cache = None,
     milliseconds: Milliseconds = None,
     prefill: Prefill = None,
     bits: Bits = None,
@@ -81,6 +83,7 @@ def optimize(
         "bytes": bytes,
         "parameters": parameters,
         "layers": layers,
+        "cache": cache,
         "milliseconds": milliseconds,
         "prefill": prefill,
         "bits": bits,

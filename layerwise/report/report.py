@@ -27,7 +27,8 @@ class Measurement:
     """One model as it is stored and as it runs here.
 
     Speeds are of one stream; peak memory is that of a fresh process that opened the model, read a prompt and
-    wrote. What could not be measured is None, and `notes` say why. `perplexity_interval` is (low, high).
+    wrote. `cache_bytes` is what a token takes in the cache (see `StackSpec.cache_bytes`). What could not be
+    measured is None, and `notes` say why. `perplexity_interval` is (low, high).
     """
 
     bytes: int
@@ -38,6 +39,7 @@ class Measurement:
     perplexity: float
     perplexity_interval: tuple[float, float]
     notes: tuple[str, ...] = ()
+    cache_bytes: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -34,6 +34,7 @@ def rows(report: Report) -> list[Row]:
     return [
         ("stored bytes", size(a.bytes), size(b.bytes), share(a.bytes, b.bytes)),
         ("parameters", millions(a.parameters), millions(b.parameters), share(a.parameters, b.parameters)),
+        *_cache(a, b),
         ("decode tokens/s", *_speeds(a.decode_tokens_per_s, b.decode_tokens_per_s)),
         ("prefill tokens/s", *_speeds(a.prefill_tokens_per_s, b.prefill_tokens_per_s)),
         ("peak memory", *_memory(a, b)),
@@ -110,6 +111,13 @@ def _memory(a: Measurement, b: Measurement) -> tuple[str, str, str]:
     before, after = a.peak_memory_bytes, b.peak_memory_bytes
     words = [size(value) if value else "not measured" for value in (before, after)]
     return words[0], words[1], share(before, after) if before and after else ""
+
+
+def _cache(a: Measurement, b: Measurement) -> Iterator[Row]:
+    """Reports of earlier versions do not say."""
+    if a.cache_bytes is not None and b.cache_bytes is not None:
+        words = [f"{value / 1e3:.2f} kB" for value in (a.cache_bytes, b.cache_bytes)]
+        yield "cache per token", words[0], words[1], share(a.cache_bytes, b.cache_bytes)
 
 
 def _perplexity(m: Measurement) -> str:

@@ -135,6 +135,7 @@ def _measurement(stack: Stack, losses: Losses, found: Probe, seed: int) -> Measu
         perplexity=math.exp(losses.mean),
         perplexity_interval=(interval.low, interval.high),
         notes=tuple(notes),
+        cache_bytes=stack.spec.cache_bytes(),
     )
 
 

@@ -20,7 +20,10 @@ def summary(report: Report, tried: Sequence[Mapping[str, Any]] = ()) -> list[str
 def _size(report: Report) -> str:
     a, b = report.before, report.after
     share = 100 * b.bytes / a.bytes
-    return f"{report.model} takes {size(b.bytes)} instead of {size(a.bytes)}: {share:.1f} % of its bytes."
+    cache = ""
+    if a.cache_bytes is not None and b.cache_bytes is not None and b.cache_bytes < a.cache_bytes:
+        cache = f", and {100 * b.cache_bytes / a.cache_bytes:.1f} % of its cache"
+    return f"{report.model} takes {size(b.bytes)} instead of {size(a.bytes)}: {share:.1f} % of its bytes{cache}."
 
 
 def _quality(report: Report) -> str:

@@ -56,6 +56,15 @@ class Attention:
         bias = (query + 2 * key) * self.qkv_bias + hidden * self.out_bias
         return bias + (1 if self.shares is not None else 2) * self.head_dim * self.qk_norm
 
+    def cache_bytes(self, context: int, dtype: str) -> float:
+        """Bytes of cache per token of a sequence of `context` tokens: keys and values, of a window only what it holds.
+
+        0 where another layer's are read; what a wider reader makes a window keep is not counted.
+        """
+        held = 1.0 if self.window is None else min(1.0, self.window / context)
+        own = self.shares is None
+        return own * held * 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
     def describe(self) -> str:
         span = f"window {self.window}" if self.window else "full"
         shared = "" if self.shares is None else f", keys of layer {self.shares}"
@@ -115,6 +124,10 @@ class StateSpace:
         """Bytes of what a sequence keeps: the state in float32, the rest in `dtype`."""
         tail, state = self.kept
         return DTYPE_BYTES[dtype] * math.prod(tail) + 4 * math.prod(state)
+
+    def cache_bytes(self, context: int, dtype: str) -> float:
+        """Bytes of cache per token of a sequence of `context` tokens, all of which share one state."""
+        return self.state_bytes(dtype) / context
 
     def describe(self) -> str:
         return f"state space {self.heads}x{self.head_dim}x{self.state}"

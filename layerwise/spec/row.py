@@ -102,6 +102,10 @@ class LayerSpec:
             return self.mixer.bytes
         return self.vectors(hidden) * DTYPE_BYTES[dtype] + sum(self.matrix_bytes(hidden, dtype).values())
 
+    def cache_bytes(self, context: int, dtype: str) -> float:
+        """Bytes that serving keeps per token of a sequence of `context` tokens, as computed in `dtype`."""
+        return self.mixer.cache_bytes(context, dtype) if isinstance(self.mixer, Mixer) else 0.0
+
     def matrix_bytes(self, hidden: int, dtype: str) -> dict[str, int]:
         """Stored bytes of every matrix by name."""
         size = DTYPE_BYTES[dtype]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from layerwise.errors import BadOption
@@ -57,8 +58,16 @@ class StackSpec:
         """Stored bytes of the whole model."""
         return self.outside_bytes() + sum(row.bytes(self.hidden, self.dtype) for row in self.rows)
 
+    def cache_bytes(self) -> float:
+        """Bytes of cache per token of a sequence that fills the context."""
+        return sum(row.cache_bytes(self.context, self.dtype) for row in self.rows)
+
     def parameters(self) -> int:
         """Number of parameters of the whole model; a tied head counts once."""
+        return self._parameters
+
+    @cached_property
+    def _parameters(self) -> int:
         return self._outside_parameters() + sum(row.parameters(self.hidden) for row in self.rows)
 
     def _outside_parameters(self) -> int:
