@@ -138,7 +138,7 @@ class PerLayer(Solver):
     name: ClassVar[str] = "per-layer"
     labels: tuple[str, ...] = ()
 
-    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         offered = [[choice for choice in group if not isinstance(choice.target, int) or choice.label in self.labels]
                    for group in groups]
         return Milp().solve(offered, limits, seed)

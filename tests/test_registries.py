@@ -18,6 +18,7 @@ INFRASTRUCTURE = {
     "allocate/solvers": {
         "base": "the interface",
         "problem": "choices as arrays, shared by the solvers",
+        "program": "the integer program, shared by the exact solver and by the mending of others",
     },
     "export": {
         "base": "the interface",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from layerwise.allocate.budget import Budget
-from layerwise.allocate.choices import Choice, make_choices
+from layerwise.allocate.choices import Choice, Groups, make_choices
 from layerwise.allocate.cost import Clock, totals
+from layerwise.allocate.links import links, needs, offers
 from layerwise.allocate.losses import Alternative, Losses
 from layerwise.allocate.plan import Plan
 from layerwise.allocate.solvers import SOLVERS
@@ -45,7 +46,9 @@ def allocate(
     groups = [_useful(group, tuple(limits)) for group in groups]
     if solver.reads_losses:
         shares = len(groups) if any(name.startswith("output-error:") for name in losses.columns) else 1
-        groups = [_worth_paying(group, losses.floor(group[0].target) / shares, tuple(limits)) for group in groups]
+        as_keys = _alike_in_keys(groups)
+        groups = [_worth_paying(group, losses.floor(group[0].target) / shares, tuple(limits), as_keys)
+                  for group in groups]
     picked = solver.solve(groups, limits, seed)
     return _plan(scores, budget, limits, solver, seed, losses, picked)
 
@@ -59,7 +62,15 @@ def _useful(group: list[Choice], currencies: tuple[str, ...]) -> list[Choice]:
             if not choice.edits or any(choice.cost[c] < kept[0].cost[c] for c in currencies)]
 
 
-def _worth_paying(group: list[Choice], floor: float, currencies: tuple[str, ...]) -> list[Choice]:
+def _alike_in_keys(groups: Groups) -> Callable[[Choice, Choice], bool]:
+    """Whether one choice can stand for another as far as other layers go: always where none reads another's keys."""
+    if not links(groups):
+        return lambda a, b: True
+    return lambda a, b: (needs(a), offers(a)) == (needs(b), offers(b))
+
+
+def _worth_paying(group: list[Choice], floor: float, currencies: tuple[str, ...],
+                  as_keys: Callable[[Choice, Choice], bool]) -> list[Choice]:
     """Without choices that cost more, in every limited currency, than one whose loss is lost in rounding.
 
     So a plan does not spend what is left of its budget on differences that nobody can measure. Losses predicted from
@@ -68,7 +79,8 @@ def _worth_paying(group: list[Choice], floor: float, currencies: tuple[str, ...]
     """
     free = [choice for choice in group if choice.edits and choice.loss <= floor]
     return [choice for choice in group
-            if not any(all(other.cost[c] < choice.cost[c] for c in currencies) for other in free)]
+            if not any(all(other.cost[c] < choice.cost[c] for c in currencies) and as_keys(other, choice)
+                       for other in free)]
 
 
 def _plan(scores: Scores, budget: Budget, limits: dict[str, float], solver: Solver, seed: int, losses: Losses,

@@ -11,10 +11,11 @@ from dataclasses import replace
 import numpy as np
 
 from layerwise.allocate.choices import Choice, Groups
+from layerwise.allocate.links import consistent
 from layerwise.allocate.plan import Edit
 from layerwise.allocate.solvers.base import Solver
 from layerwise.errors import BadBudget, LayerwiseError
-from layerwise.spec import FeedForward, LayerSpec
+from layerwise.spec import Attention, FeedForward, LayerSpec
 
 ROW = LayerSpec(mixer=None, feed_forward=None)
 SHARES = {"keep": 1.0, "8 bits": 0.5, "4 bits": 0.3, "3 bits": 0.22, "drop": 0.0}
@@ -46,13 +47,45 @@ def _group(
     return choices
 
 
+WITH_KEYS = LayerSpec(Attention(heads=4, kv_heads=2, head_dim=16), feed_forward=None)
+
+
+def linked_problem(seed: int, layers: int = 5) -> Groups:
+    """Layers that may read the keys of the one or two before them, keep fewer of their own, or have none.
+
+    Costs in bytes and in cache; random losses, so that links and limits pull in different directions.
+    """
+    generator = np.random.default_rng(seed)
+    groups = []
+    for layer in range(layers):
+        offered: dict[str, tuple[LayerSpec | None, float, float]] = {
+            "keep": (WITH_KEYS, 100, 64), "4 bits": (WITH_KEYS, 30, 64), "narrow": (_mixing(kv_heads=1), 80, 32),
+            "drop attention": (ROW, 50, 0), "drop": (None, 0, 0)}
+        for back in range(1, min(2, layer) + 1):
+            offered |= {f"share {back}": (_mixing(shares=layer - back), 75, 0),
+                        f"share {back}, 4 bits": (_mixing(shares=layer - back), 22, 0)}
+        losses = generator.exponential(1, len(offered)) * (np.arange(len(offered)) > 0)
+        groups.append([
+            Choice(layer, label, () if label == "keep" else (Edit(layer, "edit", {"to": label}, float(loss)),), row,
+                   float(loss), {"bytes": float(size), "cache": float(cache)}, WITH_KEYS)
+            for (label, (row, size, cache)), loss in zip(offered.items(), losses, strict=True)])
+    return groups
+
+
+def _mixing(**changes: int) -> LayerSpec:
+    assert isinstance(WITH_KEYS.mixer, Attention)
+    return replace(WITH_KEYS, mixer=replace(WITH_KEYS.mixer, **changes))  # type: ignore[arg-type]
+
+
 def best(groups: Groups, limits: Mapping[str, float]) -> float:
-    """The smallest total loss within `limits`, by trying every combination; infinite where none fits."""
+    """The smallest total loss of consistent choices within `limits`, by trying every combination; infinite where none
+    fits.
+    """
     return min(
         (
             math.fsum(choice.loss for choice in picked)
             for picked in itertools.product(*groups)
-            if fits(picked, limits)
+            if fits(picked, limits) and consistent(picked)
         ),
         default=math.inf,
     )
@@ -71,7 +104,8 @@ def check_solver(solver: Solver, seed: int = 0) -> None:
 
     It takes one choice from each group, in order; it respects every limit it accepts; it does the same for
     the same seed; it leaves its input alone; it refuses an impossible budget with BadBudget, naming the
-    smallest value the choices reach; it accepts a budget that the original meets.
+    smallest value the choices reach; it accepts a budget that the original meets. Where a choice needs another, it
+    takes both or neither.
     """
     for alike in (True, False):
         groups = problem(seed, alike=alike)
@@ -80,6 +114,8 @@ def check_solver(solver: Solver, seed: int = 0) -> None:
             _check_picks(solver, groups, {"bytes": share * original}, seed)
         _check_refusal(solver, groups)
     _check_picks(solver, problem(seed), {"bytes": 500.0, "layers": 5.0}, seed)
+    for limits in ({"cache": 320.0}, {"cache": 192.0}, {"cache": 128.0}, {"cache": 192.0, "bytes": 250.0}):
+        _check_picks(solver, linked_problem(seed), limits, seed)
 
 
 def _check_picks(solver: Solver, groups: Groups, limits: Mapping[str, float], seed: int) -> None:
@@ -96,6 +132,7 @@ def _check_picks(solver: Solver, groups: Groups, limits: Mapping[str, float], se
     assert all(choice in group for choice, group in zip(picked, groups, strict=True)), (
         f"{solver.name} takes a choice that its group does not offer"
     )
+    assert consistent(picked), f"{solver.name} takes a choice without the one that it needs"
     assert fits(picked, limits), f"{solver.name} passes the limits {dict(limits)}"
     assert solver.solve(groups, limits, seed) == picked, f"{solver.name} does not repeat itself"
 

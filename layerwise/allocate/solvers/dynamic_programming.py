@@ -4,7 +4,8 @@
 
 What a choice costs beyond the cheapest of its group is counted in units, rounded up, so the limit is never
 passed. The plan is optimal where the unit divides every cost (it is their greatest common divisor where
-that gives few enough cells), and otherwise for a limit smaller by at most one unit per group.
+that gives few enough cells), and otherwise for a limit smaller by at most one unit per group. With links between
+choices it is the best of those that read the same layers, not of all.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class DynamicProgramming(Solver):
     name: ClassVar[str] = "dynamic-programming"
     cells: int = 50_000
 
-    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         """Raises BadOption for more than one limit."""
         if len(limits) != 1:
             raise BadOption(f"dynamic programming under {len(limits)} limits ({', '.join(limits)})",
@@ -66,7 +67,7 @@ def _units(extra_C: Floats, unit: float) -> NDArray[np.int64]:
 def _best(loss_GC: Floats, units: list[NDArray[np.int64]], cells: int) -> Indices:
     """The places of the choices with the smallest total loss that spend at most `cells` units."""
     best_S = np.zeros(cells + 1)  # best_S[s]: smallest loss when at most s units are spent
-    taken = np.zeros((len(units), cells + 1), dtype=np.uint8)
+    taken = np.zeros((len(units), cells + 1), dtype=np.uint16)
     for g, units_C in enumerate(units):
         new_S = np.full(cells + 1, np.inf)
         for c, spent in enumerate(units_C):
@@ -80,7 +81,7 @@ def _best(loss_GC: Floats, units: list[NDArray[np.int64]], cells: int) -> Indice
     return _trace(taken, units, cells)
 
 
-def _trace(taken: NDArray[np.uint8], units: list[NDArray[np.int64]], cells: int) -> Indices:
+def _trace(taken: NDArray[np.uint16], units: list[NDArray[np.int64]], cells: int) -> Indices:
     choice_G, left = np.zeros(len(units), dtype=np.intp), cells
     for g in reversed(range(len(units))):
         choice_G[g] = taken[g, left]

@@ -34,7 +34,7 @@ class Evolution(Solver):
     generations: int = 150
     changes: int = 2
 
-    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         problem = Problem.of(groups, limits)
         generator = np.random.default_rng(seed)
         start = problem.cheapest()

@@ -28,7 +28,7 @@ class Greedy(Solver):
 
     name: ClassVar[str] = "greedy"
 
-    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         problem = Problem.of(groups, limits)
         return problem.pick(refill(problem, _shrink(problem)))
 

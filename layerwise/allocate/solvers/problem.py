@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layerwise.allocate.budget import show
 from layerwise.allocate.choices import Choice, Groups
+from layerwise.allocate.links import Link, links
 from layerwise.errors import BadBudget
 
 Floats = NDArray[np.float64]
@@ -30,6 +31,7 @@ class Problem:
     limits: Mapping[str, float]
     loss_GC: Floats
     cost_KGC: Floats
+    links: tuple[Link, ...] = ()
 
     @staticmethod
     def of(groups: Groups, limits: Mapping[str, float]) -> Problem:
@@ -41,7 +43,7 @@ class Problem:
             loss_GC[g, :len(group)] = [choice.loss for choice in group]
             for k, (currency, limit) in enumerate(limits.items()):
                 cost_KGC[k, g, :len(group)] = [choice.cost[currency] / limit for choice in group]
-        problem = Problem(groups, limits, loss_GC, cost_KGC)
+        problem = Problem(groups, limits, loss_GC, cost_KGC, links(groups))
         problem._check_reachable()
         return problem
 
@@ -58,6 +60,11 @@ class Problem:
 
     def fits(self, choice_G: Indices) -> bool:
         return bool((self.spent(choice_G) <= 1 + ROUNDING).all())
+
+    def consistent(self, choice_G: Indices) -> bool:
+        """Whether every choice finds what it needs of another."""
+        return all(choice_G[link.reader] not in link.taking or choice_G[link.source] in link.giving
+                   for link in self.links)
 
     def cheapest(self) -> Indices:
         """The choice of each group that costs least over all limited currencies together."""
@@ -84,13 +91,23 @@ class Problem:
         for currency, limit in self.limits.items():
             least = math.fsum(min(choice.cost[currency] for choice in group) for group in self.groups)
             if least > limit * (1 + ROUNDING):
-                raise BadBudget(
-                    f"a budget of {show(currency, limit)}",
-                    expected=f"at least {self._amount(currency, least)}, the smallest these choices reach",
-                    do="raise the budget, or allow smaller alternatives")
+                raise self.unreachable({currency: self._least(currency) if self.links else least})
 
-    def contradiction(self, least: Mapping[str, float]) -> BadBudget:
-        """The error for limits that can be met alone but not together; `least` is the nearest that can."""
+    def _least(self, currency: str) -> float:
+        """The smallest total of one currency that links allow."""
+        from layerwise.allocate.solvers.program import nearest
+
+        k = list(self.limits).index(currency)
+        alone = replace(self, limits={currency: self.limits[currency]}, cost_KGC=self.cost_KGC[k : k + 1])
+        return nearest(alone)[currency]
+
+    def unreachable(self, least: Mapping[str, float]) -> BadBudget:
+        """The error for limits that cannot be met; `least` is what can be of one, or what is nearest of all."""
+        if len(least) == 1:
+            (currency, value), = least.items()
+            return BadBudget(f"a budget of {show(currency, self.limits[currency])}",
+                             expected=f"at least {self._amount(currency, value)}, the smallest these choices reach",
+                             do="raise the budget, or allow smaller alternatives")
         nearest = " with ".join(self._amount(currency, value) for currency, value in least.items())
         return BadBudget(f"{self._wanted()}, which can be met alone but not together",
                          expected=f"for example {nearest}", do="raise one of the limits")
@@ -101,8 +118,9 @@ class Problem:
 
     def _amount(self, currency: str, value: float) -> str:
         """A total rounded up, so that asking for what is printed succeeds; with its share of the original."""
-        exact = f"{math.ceil(value - 1e-6):,} bytes" if currency == "bytes" else show(
-            currency, math.ceil(value * 1e3 - 1e-6) / 1e3)
+        whole = math.ceil(value - 1e-6)
+        exact = f"{whole:,} bytes" if currency == "bytes" else show(
+            currency, whole if currency == "cache" else math.ceil(value * 1e3 - 1e-6) / 1e3)
         kept = [choice.cost[currency] for group in self.groups for choice in group if not choice.edits]
         if len(kept) < len(self.groups) or not sum(kept):
             return exact

@@ -29,7 +29,7 @@ class Proportional(Solver):
     name: ClassVar[str] = "proportional"
     floor: float = 0.2
 
-    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         problem = Problem.of(groups, limits)
         cost_GC = problem.cost_KGC.sum(0)
         importance_G = _importance(problem, cost_GC)

@@ -24,7 +24,7 @@ class RandomFill(Solver):
     name: ClassVar[str] = "random"
     reads_losses: ClassVar[bool] = False
 
-    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         problem = Problem.of(groups, limits)
         choice_G = problem.cheapest()
         if not problem.fits(choice_G):

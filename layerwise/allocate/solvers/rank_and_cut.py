@@ -29,7 +29,7 @@ class RankAndCut(Solver):
     high: str | None = None
     low: str | None = None
 
-    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         problem = Problem.of(groups, limits)
         high_G = _level(problem, self.high, problem.best())
         low_G = _level(problem, self.low, problem.cheapest())

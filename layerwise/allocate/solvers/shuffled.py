@@ -1,7 +1,8 @@
 """Control: the reference solver's choices, dealt out at random among equal layers.
 
 The plan has the same size and the same histogram of choices as the reference, so what separates the two is
-only which layer got what. A layer unlike all others keeps its choice.
+only which layer got what. A layer unlike all others keeps its choice. Where links forbid what was dealt, as few layers
+as possible get something else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from layerwise.allocate.choices import Choice, Groups
+from layerwise.allocate.links import consistent
 from layerwise.allocate.solvers.base import Solver
 from layerwise.allocate.solvers.milp import Milp
 
@@ -25,6 +27,10 @@ class Shuffled(Solver):
     reference: Solver = field(default_factory=Milp)
 
     def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+        """Deals once, and changes what links forbid; dealing again would make another plan."""
+        return allowed(self.choose(groups, limits, seed), groups, limits)
+
+    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         picked = self.reference.solve(groups, limits, seed)
         generator = np.random.default_rng(seed)
         for alike in equal_layers(picked):
@@ -32,6 +38,15 @@ class Shuffled(Solver):
             for g, choice in zip(alike, dealt, strict=True):
                 picked[g] = moved(choice, groups[g])
         return picked
+
+
+def allowed(picked: list[Choice], groups: Groups, limits: Mapping[str, float]) -> list[Choice]:
+    """What was dealt, or the nearest plan in which every choice finds what it needs."""
+    if consistent(picked):
+        return picked
+    from layerwise.allocate.solvers.program import mended
+
+    return mended(groups, limits, picked, by_loss=False)[0]
 
 
 def equal_layers(picked: Sequence[Choice]) -> list[list[int]]:

@@ -1,8 +1,9 @@
 """Control: the same alternative everywhere, the best that fits; a solver that reads losses must beat it.
 
 An alternative that takes layers away cannot be everywhere, so it is given to as few layers as fit the
-limits, spread evenly over depth. Embedding and head take the same alternative, or where they lack it the
-one that loses least among those that keep at most the same share of their cost.
+limits, spread evenly over depth; so is one that reads the keys of another layer. Embedding and head take the
+same alternative, or where they lack it the one that loses least among those that keep at most the same share
+of their cost.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ class Uniform(Solver):
     name: ClassVar[str] = "uniform"
     reads_losses: ClassVar[bool] = False
 
-    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         problem = Problem.of(groups, limits)
         labels = _shared_labels(problem)
-        first_that_fit = [next(filter(problem.fits, _plans(problem, label)), None) for label in labels]
+        first_that_fit = [next((choice_G for choice_G in _plans(problem, label)
+                                if problem.fits(choice_G) and problem.consistent(choice_G)), None) for label in labels]
         plans = [choice_G for choice_G in first_that_fit if choice_G is not None]
         if not plans:
             raise problem.refuse(self.name, problem.cheapest())
@@ -38,17 +40,29 @@ class Uniform(Solver):
 
 def _shared_labels(problem: Problem) -> list[str]:
     layers = [problem.groups[g] for g in problem.layers()]
-    return [choice.label for choice in layers[0]
-            if all(choice.label in {other.label for other in group} for group in layers)]
+    everywhere = [choice.label for choice in layers[0]
+                  if all(choice.label in {other.label for other in group} for group in layers)]
+    reading = [problem.groups[link.reader][c].label for link in problem.links for c in sorted(link.taking)]
+    return list(dict.fromkeys([*everywhere, *reading]))
 
 
 def _plans(problem: Problem, label: str) -> list[Indices]:
     """The plan with `label` everywhere; for one that removes layers, with ever more layers removed."""
     layers = problem.layers()
+    having = [g for g in layers if any(choice.label == label for choice in problem.groups[g])]
+    if len(having) < len(layers):
+        best_G, spread = problem.best(), [_spread(layers, count) for count in range(1, len(layers))]
+        label_G = np.array([_offered(problem, g, label) if g in having else best_G[g]
+                            for g in range(len(best_G))], dtype=np.intp)
+        return [_some(best_G, label_G, chosen) for chosen in spread if set(chosen) <= set(having)]
     places_G = np.array([_place(problem, g, label) for g in range(len(problem.groups))], dtype=np.intp)
     if any(c.edits and c.row is None for g in layers for c in [problem.groups[g][places_G[g]]]):
         return [_some(problem.best(), places_G, _spread(layers, count)) for count in range(1, len(layers))]
     return [places_G]
+
+
+def _offered(problem: Problem, g: int, label: str) -> int:
+    return [choice.label for choice in problem.groups[g]].index(label)
 
 
 def _place(problem: Problem, g: int, label: str) -> int:

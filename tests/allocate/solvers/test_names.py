@@ -23,7 +23,7 @@ class Careless(Solver):
 
     name: ClassVar[str] = "careless"
 
-    def solve(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
+    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
         return [group[0] for group in groups]
 
 
