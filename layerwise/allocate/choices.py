@@ -10,7 +10,7 @@ from typing import Any, Literal
 from layerwise.allocate.cost import Clock, Cost, rest_cost, row_cost, table_cost, tables
 from layerwise.allocate.edits import edited_row, edited_table
 from layerwise.allocate.losses import DEPTH, Alternative, Losses, Target, predict, tried_columns
-from layerwise.allocate.mixtures import Option, combined, merged_edits, useful
+from layerwise.allocate.mixtures import TURNED, Option, combined, merged_edits, useful
 from layerwise.allocate.plan import Edit
 from layerwise.errors import BadOption
 from layerwise.measure.output_error import ROTATED, kept_units, units_of
@@ -29,7 +29,7 @@ class Choice:
 
     `edits` make it so, none to keep; `row` is the edited row, None where the layer is gone or the target is no
     layer, and `before` the row as it was. `loss` is in the unit of the prediction. `cost` holds this target's
-    share of bytes, parameters, layers, bits (per parameter of the original) and, with a clock, milliseconds.
+    share of bytes, parameters, layers, cache, bits (per parameter of the original) and, with a clock, milliseconds.
     """
 
     target: Target
@@ -104,6 +104,12 @@ def narrowed(shares: Sequence[float], spec: StackSpec) -> list[Alternative]:
     return list({item.label: item for item in reversed(found)}.values())[::-1]
 
 
+def shared(count: int = 2) -> list[Alternative]:
+    """No keys and values of its own, but those of one of the `count` nearest earlier layers that it could read."""
+    return [Alternative(f"share {nearest}", "share-kv", {"nearest": nearest}, f"response:share {nearest}", 0.25)
+            for nearest in range(1, count + 1)]
+
+
 def dropped(part: Literal["layer", "attention", "feed_forward"] = "layer") -> Alternative:
     """Take the layer away, or one half of it (which counts as half the distortion)."""
     if part == "layer":
@@ -159,14 +165,17 @@ def _row_choices(layer: int, alternatives: Sequence[Alternative], losses: Losses
     row, choices = spec.rows[layer], []
     separate = [alternative for alternative in alternatives if alternative.each] if losses.measured else []
     for alternative in alternatives:
-        if alternative in separate or (separate and alternative.transform is None):
+        if alternative in separate or (separate and alternative.transform in (None, "share-kv")):
             continue  # among the mixtures
+        here = alternative.at(layer, spec)
+        if here is None:
+            continue
         try:
-            edited = edited_row(row, spec.hidden, alternative.transform, alternative.arguments)
+            edited = edited_row(row, spec.hidden, here.transform, here.arguments)
         except BadOption:
             continue
-        if alternative.transform is None or edited != row:
-            choices.append(_choice(layer, alternative, edited, losses, row_cost(edited, spec, clock), row))
+        if here.transform is None or edited != row:
+            choices.append(_choice(layer, here, edited, losses, row_cost(edited, spec, clock), row))
     if separate:
         choices += _mixtures(layer, alternatives, losses, spec, clock, currencies)
     return _known(choices, f"layer {layer}")
@@ -189,32 +198,41 @@ def _mixtures(layer: int, alternatives: Sequence[Alternative], losses: Losses, s
 
 def _half(layer: int, matrices: Sequence[str], alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec,
           clock: Clock | None, currencies: Sequence[str]) -> list[Option]:
-    """What may become of attention or of the feed-forward half: as wide as it is or narrower, or dropped."""
+    """What may become of attention or of the feed-forward half: as wide as it is or narrower, reading the keys of
+    another layer, or dropped."""
     row, part = spec.rows[layer], MATRICES[matrices[0]]
     whole = [_options(layer, matrix, alternatives, losses, spec, clock, row) for matrix in matrices]
     found = combined(whole, currencies) if all(whole) else []
-    found += _rotated(layer, matrices, whole, alternatives, losses, spec, clock, currencies)
+    linked = bool(spec.sources) or any(alternative.transform == "share-kv" for alternative in alternatives)
+    found += _rotated(layer, matrices, whole, alternatives, losses, spec, clock, currencies, linked)
     for alternative in alternatives:
-        drops = alternative.arguments.get("part") == part and row.mixer and row.feed_forward
-        narrows = alternative.transform == "narrow" and ("width" in alternative.arguments) == (part == "feed_forward")
-        option = _option(layer, alternative, (), losses, spec, clock, row) if drops or narrows else None
-        if option is not None and drops:
+        here = alternative.at(layer, spec)
+        if here is None or here.transform is None or not _changes(here, part, row):
+            continue
+        option = _option(layer, here, (), losses, spec, clock, row)
+        edited = edited_row(row, spec.hidden, here.transform, here.arguments)
+        if option is None or edited is None:
+            continue
+        if linked and part == "attention":
+            option = replace(option, keys=str(here.arguments.get("source", "none")))
+        if here.transform == "drop":
             found.append(option)
-        elif option is not None:
-            narrow = edited_row(row, spec.hidden, "narrow", alternative.arguments)
-            assert narrow is not None
-            inner = [_options(layer, matrix, alternatives, losses, spec, clock, narrow) for matrix in matrices]
-            found += combined([[replace(option, label="mixed")], *inner], currencies) if all(inner) else []
+            continue
+        left = [matrix for matrix in matrices if matrix in edited.matrices(spec.hidden)]
+        inner = [_options(layer, matrix, alternatives, losses, spec, clock, edited) for matrix in left]
+        found += combined([[replace(option, label="mixed")], *inner], currencies) if all(inner) else []
     return useful(found, currencies) if found else []
 
 
 def _rotated(layer: int, matrices: Sequence[str], whole: Sequence[Sequence[Option]],
              alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec, clock: Clock | None,
-             currencies: Sequence[str]) -> list[Option]:
-    """Attention with its values rotated first, which costs nothing: v and o then lose what was measured after it."""
+             currencies: Sequence[str], linked: bool) -> list[Option]:
+    """Attention with its values rotated first, which costs nothing: v and o then lose what was measured after it.
+
+    No other layer could then read its values.
+    """
     rotation = next((item for item in alternatives if item.transform == "learn-rotation"), None)
-    sources = {item.arguments["source"] for item in alternatives if item.transform == "share-kv"}
-    if rotation is None or not {"v", "o"} <= set(matrices) or layer in sources or not rotatable(spec.rows, layer):
+    if rotation is None or not {"v", "o"} <= set(matrices) or not rotatable(spec.rows, layer):
         return []
     after = [replace(item, measured=f"output-error:{ROTATED} {item.label}") for item in alternatives
              if item.each and item.transform == "quantize"]
@@ -224,9 +242,18 @@ def _rotated(layer: int, matrices: Sequence[str], whole: Sequence[Sequence[Optio
     if not o:
         return []
     edit = Edit(layer, "learn-rotation", rotation.arguments, 0.0)
-    first = Option("mixed", (edit,), 0.0, dict.fromkeys(row_cost(row, spec, clock), 0.0))
+    first = Option("mixed", (edit,), 0.0, dict.fromkeys(row_cost(row, spec, clock), 0.0), TURNED if linked else "")
     parts = [{"v": v, "o": o}.get(matrix, options) for matrix, options in zip(matrices, whole, strict=True)]
     return combined([[first], *parts], currencies) if all(parts) else []
+
+
+def _changes(alternative: Alternative, part: str, row: LayerSpec) -> bool:
+    """Whether it is about the shape of that half."""
+    if alternative.transform == "drop":
+        return bool(alternative.arguments["part"] == part and row.mixer and row.feed_forward)
+    if alternative.transform == "narrow":
+        return ("width" in alternative.arguments) == (part == "feed_forward")
+    return alternative.transform == "share-kv" and part == "attention"
 
 
 def _mixture(layer: int, row: LayerSpec, option: Option, base: Cost, hidden: int) -> Choice:

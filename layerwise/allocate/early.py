@@ -11,8 +11,9 @@ is solved again with all that was measured, and whatever it no longer rules out 
 out everything that was stopped. A solver that is exact therefore finds the plan that it finds without stopping, as far
 as fronts of mixtures are not thinned (see `mixtures.py`). What was stopped stands in the column with its mean so far.
 
-Only parts left out are stopped. Disturbed matrices are factors in the losses of milder alternatives, and tables lose
-less than was tried where they are rounded better; both say nothing by being large.
+Only parts left out are stopped, keys and values of a layer's own among them. Disturbed matrices are factors in the
+losses of milder alternatives, and tables lose less than was tried where they are rounded better; both say nothing by
+being large.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from layerwise.measure.base import Intervention, Trial
 from layerwise.measure.engine import measure
 from layerwise.measure.floor import above, floor_of
 from layerwise.measure.inputs import Inputs, fingerprint
-from layerwise.measure.response import DROPS, Response
+from layerwise.measure.response import DROPS, SHARES, Response
 from layerwise.measure.sample import predicted
 from layerwise.measure.scores import Column, Scores
 from layerwise.stack.base import Stack
@@ -89,7 +90,7 @@ def _hopeless(least: Mapping[Trial, float], loss: float, layers: int) -> dict[Tr
     """Parts left out that, less the floor, lose more than `loss` even where they lose the `least`, with that bound."""
     floor = floor_of(least, layers)
     return {trial: bound for trial, bound in above(least, floor).items()
-            if trial.part in DROPS and max(loss, floor.get(trial.place, 0.0)) < bound < math.inf}
+            if trial.part in (*DROPS, *SHARES) and max(loss, floor.get(trial.place, 0.0)) < bound < math.inf}
 
 
 def _joined(response: Response, first: Scores, values: Mapping[Trial, float],

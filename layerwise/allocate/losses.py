@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layerwise.errors import BadOption
 from layerwise.measure.scores import Column, Scores
+from layerwise.spec import StackSpec
+from layerwise.transform.share_kv import sources
 
 Target = int | str
 """A layer by its place in depth, or what is outside: "embedding", "head", "rest"."""
@@ -45,6 +47,13 @@ class Alternative:
     tables: bool = False
     each: bool = False
     then: Alternative | None = None
+
+    def at(self, layer: int, spec: StackSpec) -> Alternative | None:
+        """The same for one layer: what reads keys of the n-th nearest layer says of which; None without such a one."""
+        if "nearest" not in self.arguments:
+            return self
+        found, place = sources(spec, layer), self.arguments["nearest"] - 1
+        return replace(self, arguments={"source": found[place]}) if place < len(found) else None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,10 @@ class Plan:
                     rows[edit.target] = _edited(rows, edit, spec.hidden)
             except (BadOption, UnknownName, TypeError) as error:
                 raise _bad_edit(place, edit, str(error)) from error
-        return spec.with_rows(rows)
+        try:
+            return spec.with_rows(rows)
+        except BadOption as error:
+            raise BadPlan(f"a plan that leaves {error.given}", expected=error.expected, do=error.do) from error
 
     def of(self, target: Target) -> list[Edit]:
         """The edits of one target, in order."""

@@ -239,6 +239,10 @@ class Intervention(Instrument):
     def alternative(self, stack: Stack, trial: Trial) -> nn.Module | Stack:
         """The block to run in the layer's place; for a place outside the layers, the changed stack."""
 
+    def sources(self, stack: Stack) -> frozenset[int]:
+        """Layers whose keys and values a trial reads, though no layer of the model does."""
+        return frozenset()
+
     @abstractmethod
     def score(self, original: Ending, changed: Ending) -> float:
         """How far the changed output is from the original."""

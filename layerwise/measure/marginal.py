@@ -9,15 +9,17 @@ Cost: layers^2 / 2 layer runs and one pass for each table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerwise.measure.ending import kl
 from layerwise.measure.inputs import Inputs
 from layerwise.measure.progress import Progress
 from layerwise.measure.sweep import Walk
+from layerwise.spec import Attention, LayerSpec
 from layerwise.stack.decoder import DecoderStack
 
 TABLES = ("embedding", "head")
@@ -44,8 +46,9 @@ def marginals(before: DecoderStack, after: DecoderStack, kept: Sequence[int], da
     saved: dict[int | str, float] = {}
     with Progress("undoing edits one by one", len(after), progress) as bar:
         for layer, source in enumerate(kept):
-            if after.spec.rows[layer] != before.spec.rows[source]:
-                saved[source] = now - kl(original, walk.ending(0, before.block(source), layer))
+            row = _as_it_was(before.spec.rows[source], kept)
+            if row is not None and row != after.spec.rows[layer]:
+                saved[source] = now - kl(original, walk.ending(0, _block(before, source, row), layer))
             walk.advance()
             bar.step()
     for table in TABLES:
@@ -53,3 +56,16 @@ def marginals(before: DecoderStack, after: DecoderStack, kept: Sequence[int], da
             restored = after.with_tables(after.spec, **{table: getattr(before.decoder, table)})
             saved[table] = now - kl(original, walk.ending(0, restored, table))
     return Marginals(now, saved)
+
+
+def _as_it_was(row: LayerSpec, kept: Sequence[int]) -> LayerSpec | None:
+    """The row with the layer whose keys it reads, if any, where that is now; None where it is gone."""
+    if not isinstance(row.mixer, Attention) or row.mixer.shares is None:
+        return row
+    source = row.mixer.shares
+    return replace(row, mixer=replace(row.mixer, shares=kept.index(source))) if source in kept else None
+
+
+def _block(before: DecoderStack, layer: int, row: LayerSpec) -> nn.Module:
+    block = before.block(layer)
+    return block.with_mixer(row.mixer) if row != before.spec.rows[layer] else block  # type: ignore[operator]

@@ -6,8 +6,9 @@ disturbance the divergence grows in proportion to the squared error of the matri
     loss(matrix, alternative) = response(matrix) * error(alternative) / error(probe)
 
 with errors from `output-error`: two cheap columns predict any number of alternatives. Where the error is not
-small in this sense the alternative itself is tried: halves of a layer and whole layers left out, and token
-tables in other formats. What bfloat16 rounding alone does is subtracted (see `floor.py`).
+small in this sense the alternative itself is tried: halves of a layer and whole layers left out, the keys and
+values of another layer read instead, and token tables in other formats. What bfloat16 rounding alone does is
+subtracted (see `floor.py`).
 Cost: layers^2 / 2 layer runs per matrix, half of starting over for each.
 """
 
@@ -31,14 +32,17 @@ from layerwise.stack.base import Skip, Stack
 from layerwise.stack.decoder import DecoderStack
 from layerwise.transform.drop import Drop
 from layerwise.transform.quantize import Quantize, pack_table, values
+from layerwise.transform.share_kv import ShareKV, sources
 
 TABLE_FORMATS = ("8/row=", "6/64", "4/64", "3/64")
 DROPS = {"drop": "layer", "drop attention": "attention", "drop feed-forward": "feed_forward"}
+SHARES = {"share 1": 1, "share 2": 2}
+"""Reading the keys and values of the nearest earlier layer that has such, and of the second nearest."""
 
 
 @dataclass(frozen=True)
 class Response(Intervention):
-    """Columns `<matrix>`, and those of `drops`; formats of `tables` fill only the columns' `outside`.
+    """Columns `<matrix>`, and those of `drops` and `shares`; formats of `tables` fill only the columns' `outside`.
     Output is compared at `tokens` positions of every row (None: all).
     """
 
@@ -46,6 +50,7 @@ class Response(Intervention):
     drops: tuple[str, ...] = tuple(DROPS)
     tables: tuple[str, ...] = TABLE_FORMATS
     tokens: int | None = 128
+    shares: tuple[str, ...] = ()
 
     name: ClassVar[str] = "response"
     unit: ClassVar[str] = "nats/token"
@@ -54,17 +59,17 @@ class Response(Intervention):
     for_plans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for field in ("drops", "tables"):
+        for field in ("drops", "tables", "shares"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for label in self.tables:
             Format.parse(label)
-        unknown = sorted(set(self.drops) - set(DROPS))
-        if unknown:
-            raise BadOption(f"drops {unknown}", expected=f"some of {list(DROPS)}", do="correct the names")
+        for what, given, known in (("drops", self.drops, DROPS), ("shares", self.shares, SHARES)):
+            if unknown := sorted(set(given) - set(known)):
+                raise BadOption(f"{what} {unknown}", expected=f"some of {list(known)}", do="correct the names")
 
     @property
     def parts(self) -> Mapping[str, str]:
-        tried = (*(MATRICES if self.matrices else ()), *self.drops, *self.tables, FLOOR)
+        tried = (*(MATRICES if self.matrices else ()), *self.drops, *self.shares, *self.tables, FLOOR)
         return dict.fromkeys(tried, self.unit)
 
     def trials(self, stack: Stack) -> list[Trial]:
@@ -77,7 +82,13 @@ class Response(Intervention):
         row = stack.spec.rows[layer]
         halves = {"drop attention": row.mixer, "drop feed-forward": row.feed_forward}
         matrices = list(row.matrices(stack.spec.hidden)) if self.matrices else []
-        return matrices + [part for part in self.drops if part == "drop" or (halves[part] and all(halves.values()))]
+        readable = len(sources(stack.spec, layer))
+        return [*matrices, *(part for part in self.drops if part == "drop" or (halves[part] and all(halves.values()))),
+                *(part for part in self.shares if SHARES[part] <= readable)]
+
+    def sources(self, stack: Stack) -> frozenset[int]:
+        most = max((SHARES[part] for part in self.shares), default=0)
+        return frozenset(source for layer in range(len(stack)) for source in sources(stack.spec, layer)[:most])
 
     def alternative(self, stack: Stack, trial: Trial) -> nn.Module | Stack:
         assert isinstance(stack, DecoderStack)
@@ -89,6 +100,8 @@ class Response(Intervention):
             return Dither(block)
         if trial.part in DROPS:
             return Drop(DROPS[trial.part]).apply(block, row) or Skip()  # type: ignore[arg-type]
+        if trial.part in SHARES:
+            return ShareKV(sources(stack.spec, trial.place)[SHARES[trial.part] - 1]).apply(block, row)
         probe = Quantize(PROBE.bits, PROBE.group, PROBE.symmetric, "nearest", (trial.part,))
         return probe.apply(block, row)
 

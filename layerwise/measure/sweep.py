@@ -59,7 +59,8 @@ def sweep(stack: Stack, inputs: Inputs, instruments: Sequence[Intervention], jou
 
 def _walk(stack: Stack, inputs: Inputs, instruments: Sequence[Intervention], seed: int) -> Walk | ModuleWalk:
     if isinstance(stack, DecoderStack):
-        return Walk(stack, inputs, [instrument.tokens for instrument in instruments], seed)
+        sources = frozenset[int]().union(*(instrument.sources(stack) for instrument in instruments))
+        return Walk(stack, inputs, [instrument.tokens for instrument in instruments], seed, sources)
     walk = ModuleWalk(stack, inputs)
     for instrument in instruments:
         if instrument.needs == "labels":
@@ -78,11 +79,17 @@ def _outside(plans: Sequence[Sequence[Trial]]) -> list[str]:
 
 
 class Walk:
-    """The states of all batches at one layer, and the original's end for each of several sample sizes."""
+    """The states of all batches at one layer, and the original's end for each of several sample sizes.
 
-    def __init__(self, stack: Stack, inputs: Inputs, counts: Sequence[int | None], seed: int) -> None:
+    Blocks in the place of others may read the keys and values of earlier layers that are among the `sources`.
+    """
+
+    def __init__(self, stack: Stack, inputs: Inputs, counts: Sequence[int | None], seed: int,
+                 sources: frozenset[int] = frozenset()) -> None:
         self.stack, self.items = stack, list(inputs)
         self.states = [item.start(stack) for item in self.items]
+        for state in self.states if sources else ():
+            state.shared.sources |= sources
         self.samples = [self._sample(count, seed) for count in counts]
         targets = [item.tokens_BT.flatten().roll(-1) for item in self.items if item.tokens_BT is not None]
         self.targets = [torch.cat([next_N[place_P] for next_N, place_P in zip(targets, places, strict=True)])

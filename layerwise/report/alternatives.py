@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from layerwise.allocate.budget import Budget
-from layerwise.allocate.choices import dropped, factored, factors, keep, mixed, narrowed, rotated
+from layerwise.allocate.choices import dropped, factored, factors, keep, mixed, narrowed, rotated, shared
 from layerwise.allocate.cost import totals
 from layerwise.allocate.losses import Alternative
 from layerwise.errors import BadData, BadOption
 from layerwise.measure.base import Instrument
 from layerwise.measure.output_error import OutputError
-from layerwise.measure.response import DROPS, Response
+from layerwise.measure.response import DROPS, SHARES, Response
 from layerwise.spec import BITS, Format, StackSpec
 from layerwise.transform.low_rank import share_rank
 from layerwise.transform.quantize import Quantize
@@ -25,7 +25,7 @@ DROPPING: dict[str, Callable[[], Alternative]] = {
 }
 WIDEST = 256
 RANKS, WIDTHS = (0.8, 0.6, 0.4), (0.875, 0.75, 0.5)
-CURRENCIES = ("bits", "rank", "width", *DROPPING)
+CURRENCIES = ("bits", "rank", "width", "share", *DROPPING)
 POSITIONS = 64
 """Positions of every block at which the output of a changed model is compared."""
 
@@ -55,8 +55,8 @@ def table_formats(labels: Sequence[str]) -> list[str]:
 def parse_alternatives(only: Sequence[str], spec: StackSpec) -> list[Alternative]:
     """What a layer may become, from words; leaving it as it is is always possible.
 
-    A word is a currency (`bits`, `rank`, `width`, `drop`, `drop-attention`, `drop-feed-forward`), a number of bits
-    (`4`: every format of that width) or a format (`4/128`). Raises BadOption for another word.
+    A word is a currency (`bits`, `rank`, `width`, `share`, `drop`, `drop-attention`, `drop-feed-forward`), a number
+    of bits (`4`: every format of that width) or a format (`4/128`). Raises BadOption for another word.
     """
     labels = list(dict.fromkeys(label for word in only if word not in CURRENCIES[1:] for label in _labels(word, spec)))
     found = [keep(), *_formats(labels)] if only else []
@@ -64,6 +64,8 @@ def parse_alternatives(only: Sequence[str], spec: StackSpec) -> list[Alternative
         found += factored(RANKS, _inner(labels)) if labels else factors(RANKS)
     if "width" in only:
         found += narrowed(WIDTHS, spec)
+    if "share" in only:
+        found += shared()
     return [*found, *(make() for word, make in DROPPING.items() if word in only)]
 
 
@@ -97,7 +99,8 @@ def _formats(labels: Iterable[str]) -> list[Alternative]:
 
 
 def defaults_for(budget: Budget, spec: StackSpec, hard: bool = False) -> list[Alternative]:
-    """Alternatives that can help with this budget: formats to save bytes or time, and all others for hard budgets.
+    """Alternatives that can help with this budget: formats to save bytes or time, what shrinks the cache where that is
+    limited, and all others for hard budgets.
 
     Factors, narrower layers and leaving parts out are tried where layers or parameters are limited, where 4 bits
     everywhere do not fit, or where the budget is known to be `hard`, as one of milliseconds may be.
@@ -105,11 +108,19 @@ def defaults_for(budget: Budget, spec: StackSpec, hard: bool = False) -> list[Al
     currencies = set(budget.given())
     labels = useful_formats(budget, spec) if currencies & {"bytes", "bits", "milliseconds", "prefill"} else []
     fits = _size_at(4, spec) <= _allowed(budget, spec)
-    mild = labels and fits and not hard and not currencies & {"parameters", "layers"}
-    if mild:
-        return [keep(), *_formats(labels)]
-    shapes = [*factored(RANKS, _inner(labels)), *narrowed(WIDTHS, spec)] if labels else []
-    return [keep(), *_formats(labels), *shapes, *(make() for make in DROPPING.values())]
+    cache = smaller_cache(spec) if "cache" in currencies else []
+    if fits and not hard and not currencies & {"parameters", "layers"}:
+        return [keep(), *_formats(labels), *cache]
+    fewer = [item for item in cache if item.transform == "narrow"]
+    shapes = [*factored(RANKS, _inner(labels)), *narrowed(WIDTHS, spec)] if labels else fewer
+    shares = shared() if labels or cache else []
+    return [keep(), *_formats(labels), *shapes, *shares, *(make() for make in DROPPING.values())]
+
+
+def smaller_cache(spec: StackSpec) -> list[Alternative]:
+    """What keeps less of every token: fewer key-value heads, the keys and values of another layer, no attention."""
+    fewer = [item for item in narrowed(WIDTHS, spec) if "kv_heads" in item.arguments]
+    return [*fewer, *shared(), dropped("attention")]
 
 
 def calibrated(alternatives: Sequence[Alternative], spec: StackSpec, tokens: int,
@@ -178,6 +189,8 @@ def reading(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
 def trying(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
     """What tries changes on the model, and what a reader wants to see beside it."""
     tables = tuple(item.label for item in alternatives if item.each and item.tables)
-    drops = tuple(label for label in DROPS if any(item.label == label for item in alternatives))
+    drops, shares = (tuple(label for label in known if any(item.label == label for item in alternatives))
+                     for known in (DROPS, SHARES))
     return ["block-influence", "logit-lens-kl", "lim", "zd",
-            Response(any(item.each or item.transform == "narrow" for item in alternatives), drops, tables, POSITIONS)]
+            Response(any(item.each or item.transform == "narrow" for item in alternatives), drops, tables, POSITIONS,
+                     shares)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from layerwise.allocate.edits import edited_row
@@ -39,7 +39,8 @@ def layer_changes(before: StackSpec, after: StackSpec, kept: Sequence[int] | Non
     """
     indices = range(len(after.rows)) if kept is None else kept
     left = dict(zip(indices, after.rows, strict=True))
-    rows = [_row_change(index, row, left.get(index), before, after) for index, row in enumerate(before.rows)]
+    rows = [_row_change(index, row, _as_before(left.get(index), indices), before, after)
+            for index, row in enumerate(before.rows)]
     return (*rows, *_table_changes(before, after))
 
 
@@ -51,6 +52,13 @@ def kept_layers(spec: StackSpec, plan: Plan) -> list[int]:
         if row is not None and isinstance(edit.target, int):
             rows[edit.target] = edited_row(row, spec.hidden, edit.transform, edit.arguments)
     return [layer for layer, row in rows.items() if row is not None]
+
+
+def _as_before(row: LayerSpec | None, kept: Sequence[int]) -> LayerSpec | None:
+    """The row with the layer whose keys it reads counted as before."""
+    if row is None or not isinstance(row.mixer, Attention) or row.mixer.shares is None:
+        return row
+    return replace(row, mixer=replace(row.mixer, shares=kept[row.mixer.shares]))
 
 
 def runs(changes: Sequence[LayerChange]) -> Iterator[tuple[str, str]]:
@@ -109,8 +117,11 @@ def _shapes(row: LayerSpec, new: LayerSpec) -> Iterator[str]:
     if row.feed_forward and new.feed_forward and new.feed_forward.width < row.feed_forward.width:
         yield f"{new.feed_forward.width} of {row.feed_forward.width} channels"
     old, mixer = row.mixer, new.mixer
-    if isinstance(old, Attention) and isinstance(mixer, Attention) and mixer.kv_heads < old.kv_heads:
-        yield f"{mixer.kv_heads} of {old.kv_heads} key-value heads"
+    if isinstance(old, Attention) and isinstance(mixer, Attention):
+        if mixer.kv_heads < old.kv_heads:
+            yield f"{mixer.kv_heads} of {old.kv_heads} key-value heads"
+        if mixer.shares is not None and mixer.shares != old.shares:
+            yield f"keys of layer {mixer.shares}"
     ranks = {name: rank for name, rank in new.ranks.items() if row.ranks.get(name) != rank}
     if ranks:
         yield "; ".join(f"rank {rank}: {' '.join(name for name in ranks if ranks[name] == rank)}"

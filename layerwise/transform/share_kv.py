@@ -9,10 +9,29 @@ from torch import nn
 
 from layerwise.errors import BadOption
 from layerwise.nets.decoder import Block
-from layerwise.spec import Attention, LayerSpec
+from layerwise.spec import Attention, LayerSpec, StackSpec
 from layerwise.transform.base import Stats, Transform
 
 OWN = ("k", "v", "k_norm")
+
+
+def sources(spec: StackSpec, layer: int) -> list[int]:
+    """The layers whose keys and values `layer` could read instead of its own, the nearest first.
+
+    They come before it, have keys of their own of the same heads and rotation, and look back at least as far.
+    """
+    mixer = spec.rows[layer].mixer
+    if not isinstance(mixer, Attention) or mixer.shares is not None:
+        return []
+    return [other for other in reversed(range(layer)) if _readable(spec.rows[other].mixer, mixer)]
+
+
+def _readable(source: object, reader: Attention) -> bool:
+    if not isinstance(source, Attention) or source.shares is not None:
+        return False
+    if (source.kv_heads, source.head_dim, source.rope) != (reader.kv_heads, reader.head_dim, reader.rope):
+        return False
+    return source.window is None or (reader.window is not None and source.window >= reader.window)
 
 
 @dataclass(frozen=True)

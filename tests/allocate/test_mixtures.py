@@ -24,7 +24,9 @@ from layerwise.allocate.choices import (
     mixed,
     narrowed,
     rotated,
+    shared,
 )
+from layerwise.allocate.links import offers
 from layerwise.allocate.losses import Alternative
 from layerwise.allocate.mixtures import Option, combined, front, merged_edits
 from layerwise.allocate.plan import Edit, Plan
@@ -203,7 +205,10 @@ def test_rotation_is_offered_only_where_it_was_measured_and_nothing_shares_the_v
 
     assert offered(rotations[1]) == [True, True]
     assert offered(measured) == [False, False]
-    assert offered(rotations[1], Alternative("share", "share-kv", {"source": 0})) == [False, True]
+    assert offered(rotations[1], *shared()) == [True, True]
+    groups, _ = make_choices(rotations[1], [keep(), *mixed(FORMATS), rotated()])
+    for choice in groups[0]:
+        assert (offers(choice) is None) == any(edit.transform == "learn-rotation" for edit in choice.edits)
 
 
 def test_a_plan_with_rotations_is_carried_out_and_reloads(rotations: tuple[DecoderStack, Scores],

@@ -62,6 +62,19 @@ def test_verification_text_had_no_part_in_measuring(done: tuple[Path, dict[str, 
     assert report.provenance["data"]["split"] == "verification" and report.notes == ()
 
 
+@pytest.mark.slow
+def test_half_the_cache(model: Path, tmp_path: Path) -> None:
+    arguments = ["optimize", str(model), "--cache", "50%", "--only", "share", "-o", "run", "--json"]
+    ran = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["after"]["cache_bytes"] == found["before"]["cache_bytes"] / 2
+    slim = open(tmp_path / "run" / "model")
+    assert len(slim.spec.sources) == 2 and slim.spec.cache_bytes() == found["after"]["cache_bytes"]
+
+
 def test_controls_were_tried(done: tuple[Path, dict[str, Any]]) -> None:
     tried = load_tried(done[0] / "run" / "tried.json")
     assert [point.kind for point in tried].count("plan") == 1
