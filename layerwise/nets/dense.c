@@ -2,14 +2,11 @@
 
 #include "native.h"
 
-typedef float many __attribute__((vector_size(32)));
-typedef int32_t many_ints __attribute__((vector_size(32)));
 typedef uint32_t loose_pairs __attribute__((vector_size(32), aligned(2)));
 
-enum { MANY = 8, STEP = 2 * MANY, ROWS_AT_ONCE = 4 };
+enum { STEP = 2 * MANY, ROWS_AT_ONCE = 4 };
 
 #ifdef __FMA__
-#include <immintrin.h>
 INLINE many plus_product(many sum, many a, many b) { return (many)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum); }
 #else
 INLINE many plus_product(many sum, many a, many b) { return sum + a * b; }
@@ -42,12 +39,6 @@ INLINE void load_step(const uint16_t *w, int kind, many *even, many *odd) {
     const many_ints low_sign = (both & 0x8000) << 16, high_sign = both & (int32_t)0x80000000;
     *even = (many)((many_ints)((many)(low << 13) * scale) | ((low >= 0x7c00) & 0x7f800000) | low_sign);
     *odd = (many)((many_ints)((many)(high << 13) * scale) | ((high >= 0x7c00) & 0x7f800000) | high_sign);
-}
-
-INLINE float sum_of_many(many x) {
-    float sum = 0;
-    for (int i = 0; i < MANY; i++) sum += x[i];
-    return sum;
 }
 
 /* Products of `rows` rows, `inputs` apart, with one output's weights; of every step of x even places stand first. */
@@ -86,7 +77,7 @@ int dense_product(const Matrix *matrix, const float *x, int64_t rows, const floa
                   int threads) {
     const int64_t outputs = matrix->outputs, inputs = matrix->inputs;
     const uint16_t *w = (const uint16_t *)matrix->codes;
-    float *sorted = malloc(rows * inputs * sizeof *sorted);
+    float *sorted = aligned_alloc(LINE, lines(rows * inputs * sizeof *sorted));
     if (!sorted) return 1;
     for (int64_t m = 0; m < rows; m++) {
         const float *from = x + m * inputs;

@@ -1,5 +1,9 @@
-/* What the compiled functions share: vectors of four numbers, and numbers that come and go as float32 or bfloat16. */
+/* What the compiled functions share: vectors of four and of eight numbers, and numbers that come and go as float32 or
+   bfloat16. */
 
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -11,8 +15,15 @@ typedef float floats __attribute__((vector_size(16)));
 typedef uint16_t loose_bf16 __attribute__((vector_size(8), aligned(2)));
 typedef float loose_floats __attribute__((vector_size(16), aligned(4)));
 
-enum { LANES = 4 };
+typedef float many __attribute__((vector_size(32)));
+typedef float loose_many __attribute__((vector_size(32), aligned(4)));
+typedef int32_t many_ints __attribute__((vector_size(32)));
+typedef uint16_t loose_many_bf16 __attribute__((vector_size(16), aligned(2)));
+
+enum { LANES = 4, MANY = 8, LINE = 64 };
 #define INLINE static inline __attribute__((always_inline))
+
+INLINE size_t lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
 INLINE floats load_floats(const float *from) { return *(const loose_floats *)from; }
 INLINE floats load_bf16(const bf16 *from) {
@@ -46,7 +57,16 @@ INLINE void put(void *y, int64_t i, float value, int half) {
     else ((float *)y)[i] = value;
 }
 
+INLINE many load_many_bf16(const bf16 *from) {
+    return (many)(__builtin_convertvector(*(const loose_many_bf16 *)from, many_ints) << 16);
+}
+
 INLINE float sum_of(floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
+INLINE float sum_of_many(many x) {
+    const floats halves[2] = {{x[0], x[1], x[2], x[3]}, {x[4], x[5], x[6], x[7]}};
+    return sum_of(halves[0] + halves[1]);
+}
 
 /* exp x, its relative error below 3e-7; 0 or infinity where float32 has no number for it. */
 INLINE floats exp_of(floats x) {
