@@ -102,7 +102,7 @@ def learned_rotation(v_OC: Tensor, o_OI: Tensor, gram_CC: Tensor, gram_II: Tenso
     generator = torch.Generator().manual_seed(seed)
     turn_KDD = torch.stack([rotation(mixer.head_dim, generator) for _ in range(mixer.kv_heads)])
     turn_KDD = turn_KDD.to(o_OI.device, torch.float32)
-    expected = ExpectedError(*(tensor.clone() for tensor in (v_OC, o_OI, gram_CC, gram_II)), mixer, group)
+    expected = ExpectedError(v_OC.clone(), o_OI.clone(), gram_CC.clone(), gram_II.clone(), mixer, group)
     best_KDD, least, push_KDD = turn_KDD, torch.inf, torch.zeros_like(turn_KDD)
     eye_DD = torch.eye(mixer.head_dim, device=turn_KDD.device)
     for step in range(steps + 1):
