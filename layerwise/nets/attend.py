@@ -53,23 +53,31 @@ class HeadNorms:
         self.address = ctypes.addressof(self._struct)
 
 
+class Attended:
+    """The pools of one layer, [K, S, D], in blocks of `block` slots, and how new tokens attend to them."""
+
+    def __init__(self, a: Attention, k_KSD: Tensor, v_KSD: Tensor, block: int) -> None:
+        self._kept = k_KSD, v_KSD
+        turning = 0 if a.rope is None else int(a.head_dim * a.rope.part)
+        self._struct = _Shape(a.heads, a.kv_heads, a.head_dim, turning, k_KSD.shape[1], block, a.window or 0,
+                              a.head_dim**-0.5 if a.scale is None else a.scale, a.softcap or 0.0)
+        self.address = ctypes.addressof(self._struct)
+        self.k, self.v, self.out = k_KSD.data_ptr(), v_KSD.data_ptr(), a.heads * a.head_dim
+
+
 class Pages:
-    """The pools of one layer, [K, S, D], and how its new tokens attend to them.
+    """What the new tokens of one layer attend to.
 
     `rotation` holds cosines and signed sines as `Flow.rotation` gives them.
     """
 
-    def __init__(self, a: Attention, k_KSD: Tensor, v_KSD: Tensor, places: Places, block: int,
-                 rotation: tuple[Tensor, Tensor] | None) -> None:
-        self._kept = k_KSD, v_KSD, places, rotation
-        turning = 0 if rotation is None else rotation[0].shape[-1]
-        self._shape = _Shape(a.heads, a.kv_heads, a.head_dim, turning, k_KSD.shape[1], block, a.window or 0,
-                             a.head_dim**-0.5 if a.scale is None else a.scale, a.softcap or 0.0)
-        self.shape, self.places = ctypes.addressof(self._shape), places.address
-        self.cos = None if rotation is None else rotation[0].data_ptr()
-        self.sin = None if rotation is None else rotation[1].data_ptr()
-        self.k, self.v = k_KSD.data_ptr(), v_KSD.data_ptr()
-        self.out = a.heads * a.head_dim
+    __slots__ = ("_kept", "cos", "k", "out", "places", "shape", "sin", "v")
+
+    def __init__(self, attended: Attended, places: Places, rotation: tuple[Tensor, Tensor] | None) -> None:
+        self._kept = attended, places, rotation
+        self.shape, self.k, self.v, self.out = attended.address, attended.k, attended.v, attended.out
+        self.places = places.address
+        self.cos, self.sin = (None, None) if rotation is None else (rotation[0].data_ptr(), rotation[1].data_ptr())
 
 
 def attends(a: Attention, dtype: torch.dtype, device: torch.device) -> bool:

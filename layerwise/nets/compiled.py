@@ -45,6 +45,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     found.packed_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int]
+    found.packed_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p]
     found.dense_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int]
     found.rms_norm.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int]
     found.gate_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int]

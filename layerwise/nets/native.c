@@ -199,6 +199,22 @@ int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bi
     return 0;
 }
 
+/* y = the chosen outputs of w, [rows, inputs]: numbers of a table of tokens. Gives 1 where one of them does not exist. */
+int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y) {
+    const int64_t groups = w->inputs / w->group, middle = w->kind == NIBBLES ? 8 : w->kind == BYTES ? 128 : 0;
+    for (int64_t m = 0; m < rows; m++)
+        if (chosen[m] < 0 || chosen[m] >= w->outputs) return 1;
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t i = 0; i < w->inputs; i++) {
+            const int64_t at = chosen[m] * w->inputs + i, group = chosen[m] * groups + i / w->group;
+            const int code = w->kind == NIBBLES ? w->codes[at / 2] >> 4 * (at & 1) & 15
+                           : w->kind == BYTES ? w->codes[at] : (int8_t)w->codes[at];
+            const float value = (float)(code - middle) * widened(w->scale[group]);
+            y[m * w->inputs + i] = w->zero ? value + widened(w->zero[group]) : value;
+        }
+    return 0;
+}
+
 INLINE void norm_in(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half) {
     for (int64_t m = 0; m < rows; m++) {
         const int64_t row = m * width;

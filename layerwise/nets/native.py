@@ -110,6 +110,15 @@ class NativeMatrix:
         """The codes of the given rows, uint8 [M, I]."""
         return self._read(self.store[rows_M])
 
+    def values(self, rows_M: Tensor) -> Tensor:
+        """The numbers of the given rows, float32 [M, I]. Raises IndexError for a row that does not exist."""
+        found, rows_M = library(), rows_M.contiguous()
+        assert found is not None
+        y_MI = torch.empty(len(rows_M), self.inputs)
+        if found.packed_rows(self.address, rows_M.data_ptr(), len(rows_M), y_MI.data_ptr()):
+            raise IndexError(f"rows {int(rows_M.min())} to {int(rows_M.max())} of a table of {len(self.store)}")
+        return y_MI
+
     def _read(self, store: Tensor) -> Tensor:
         return unpack(store, _stored_bits(self.format.bits), self.inputs) - _offset(self.format.bits)
 

@@ -299,7 +299,10 @@ class PackedEmbedding(PackedMatrix):
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings of `tokens` (any shape), [..., width] in `dtype`; only their rows are dequantised."""
         rows_M = tokens.reshape(-1)
-        values_MI = self._values(self._codes(rows_M), rows_M, self.dtype).to(self.dtype)
+        if isinstance(self.tiled, NativeMatrix) and self.dtype != torch.float64:
+            values_MI = self.tiled.values(rows_M)[:, : self.in_features].to(self.dtype)
+        else:
+            values_MI = self._values(self._codes(rows_M), rows_M, self.dtype).to(self.dtype)
         return values_MI.view(*tokens.shape, self.in_features)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from layerwise.nets.attend import Pages, Places, attends
+from layerwise.nets.attend import Pages, Places
 from layerwise.nets.flow import Flow, Recurrence
 from layerwise.nets.softmax import few_queries, softmax_attention
 from layerwise.serve.placed import placed
@@ -208,13 +208,14 @@ class PagedFlow(Flow):
         if layer in self.watched or not self._few or type(pool) is not Pool or pool.k.dtype != dtype:
             return None
         assert entry.group is not None
-        if not attends(a, dtype, self.positions_BT.device):
+        attended = pool.attended(a)
+        if attended is None:
             return None
         places = self._places.get(entry.group)
         if places is None:
             places = self._places[entry.group] = self._placed(entry.group)
         rotation = None if a.rope is None else self.rotation(a.rope, int(a.head_dim * a.rope.part))
-        return Pages(a, pool.k, pool.v, places, self.block, rotation)
+        return Pages(attended, places, rotation)
 
     @cached_property
     def _few(self) -> bool:

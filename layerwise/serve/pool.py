@@ -15,7 +15,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from layerwise.nets.attend import Attended, attends
 from layerwise.serve.table import Precision, group_of
+from layerwise.spec import Attention
 
 Pair = tuple[Tensor, Tensor]
 
@@ -29,6 +31,14 @@ class Pool:
                  device: torch.device) -> None:
         self.block = block
         self.k, self.v = (zeros((heads, blocks * block, width), dtype, device) for _ in range(2))
+        self._attended: tuple[Attention, Attended | None] | None = None
+
+    def attended(self, a: Attention) -> Attended | None:
+        """The pool as the compiled attention sees it, made once; None where that cannot do `a`."""
+        if self._attended is None or self._attended[0] is not a:
+            known = attends(a, self.k.dtype, self.k.device)
+            self._attended = a, Attended(a, self.k, self.v, self.block) if known else None
+        return self._attended[1]
 
     def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> None:
         """Put tokens into slots."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.nets.attend import HeadNorms, Pages, Places, attend, attends
+from layerwise.nets.attend import Attended, HeadNorms, Pages, Places, attend, attends
 from layerwise.nets.attention import rotate
 from layerwise.nets.compiled import library
 from layerwise.nets.flow import Flow
@@ -60,7 +60,7 @@ class World:
         a = self.a
         rotation = None if a.rope is None else self.flow.rotation(a.rope, int(a.head_dim * a.rope.part))
         norms = HeadNorms(self.q_norm, self.k_norm, EPS) if a.qk_norm else None
-        return attend(self.qkv, Pages(a, self.k, self.v, places, BLOCK, rotation), norms)
+        return attend(self.qkv, Pages(Attended(a, self.k, self.v, BLOCK), places, rotation), norms)
 
     def expected(self, first: int = 0) -> Tensor:
         a = self.a

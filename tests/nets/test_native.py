@@ -133,6 +133,16 @@ def test_largest_sums_do_not_overflow(bits: int, sign: int) -> None:
     torch.testing.assert_close(found, torch.full((1, 4), sign * 3.0 * (2 ** (bits - 1) - 1) * 8192), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_rows_of_a_table(format: Format) -> None:
+    of, chosen = layer(format), torch.tensor([69, 0, 3, 3])
+    expected = of.dense(torch.float32)[chosen]
+    assert torch.equal(matrix(of).values(chosen)[:, : expected.shape[1]], expected)
+    for wrong in (-1, 70):
+        with pytest.raises(IndexError, match=str(wrong)):
+            matrix(of).values(torch.tensor([0, wrong]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_and_gate(dtype: torch.dtype) -> None:
     x, weight = 3 * torch.randn(5, 70).to(dtype), torch.rand(70)
