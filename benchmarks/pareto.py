@@ -14,10 +14,10 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,8 @@ import layerwise as lw
 from benchmarks.common import machine
 from layerwise.allocate.apply import apply
 from layerwise.allocate.budget import Budget
-from layerwise.allocate.choices import Choice, Groups, dropped, factors, keep
+from layerwise.allocate.choices import Groups, dropped, factors, keep, make_choices
+from layerwise.allocate.cost import totals
 from layerwise.allocate.losses import Alternative
 from layerwise.allocate.plan import Plan
 from layerwise.allocate.solve import allocate
@@ -126,28 +127,32 @@ class Bench:
         best.save(self.folder / f"plan-{budget}-{len(offered)}.json".replace(" ", "-"))
         return self.carried_out(best)
 
+    def per_layer(self, budget: Budget, formats: list[Alternative]) -> tuple[int, DecoderStack]:
+        """One of `formats` for all of a layer, chosen by the exact solver.
+
+        Choices are made for each by itself, so that no mixture of others takes its place.
+        """
+        offered: Groups = []
+        for item in formats:
+            groups, _ = make_choices(self.scores, [keep(), item])
+            whole = [[choice for choice in group if choice.label == item.label] for group in groups]
+            kept = [[choice for choice in group if not choice.edits] for group in groups]
+            offered = [before + more for before, more in zip(offered or kept, whole, strict=True)]
+        spec = self.stack.spec
+        picked = Milp().solve(offered, budget.limits(totals(spec)))
+        edits = tuple(edit for choice in picked for edit in choice.edits)
+        return self.carried_out(Plan(spec.fingerprint(), len(spec.rows), edits))
+
     def single(self, budget: Budget, alternatives: list[Alternative], solver: str | Solver = "milp"
                ) -> tuple[int, DecoderStack]:
         return self.carried_out(allocate(self.scores, budget, solver=solver, alternatives=alternatives))
 
 
-@dataclass(frozen=True)
-class PerLayer(Solver):
-    """One width for a whole layer, every width in its largest group: what tools that allocate bits offer."""
-
-    name: ClassVar[str] = "per-layer"
-    labels: tuple[str, ...] = ()
-
-    def choose(self, groups: Groups, limits: Mapping[str, float], seed: int = 0) -> list[Choice]:
-        offered = [[choice for choice in group if not isinstance(choice.target, int) or choice.label in self.labels]
-                   for group in groups]
-        return Milp().solve(offered, limits, seed)
-
-
-def per_layer(bits: Sequence[Alternative]) -> PerLayer:
-    widest = {item.arguments["bits"]: item.label for item in bits if (item.transform and "row" not in item.label)
-              or item.label == "8/row="}
-    return PerLayer(("keep", *widest.values()))
+def widest(bits: Sequence[Alternative]) -> list[Alternative]:
+    """Of every width the format with the largest groups: what tools that choose a width for each layer offer."""
+    found = {item.arguments["bits"]: item for item in bits if item.transform == "quantize"
+             and ("row" not in item.label or item.label == "8/row=")}
+    return list(found.values())
 
 
 def kl_of(point: Point) -> float:
@@ -180,11 +185,12 @@ def main() -> None:
 def methods(bench: Bench, budget: Budget) -> dict[str, Callable[[], tuple[int, DecoderStack]]]:
     spec = bench.stack.spec
     bits = parse_alternatives(["bits"], spec)
+    plain = [item for item in bits if item.transform in (None, "quantize")]
     return {
         "joint": lambda: bench.joint(budget),
         "bits per matrix": lambda: bench.joint(budget, bits),
-        "bits per layer": lambda: bench.single(budget, bits, per_layer(bits)),
-        "uniform bits": lambda: bench.single(budget, bits, "uniform"),
+        "bits per layer": lambda: bench.per_layer(budget, widest(bits)),
+        "uniform bits": lambda: bench.single(budget, plain, "uniform"),
         "depth": lambda: bench.single(budget, [keep(), dropped()]),
         "rank": lambda: bench.single(budget, [keep(), *factors(RANKS)]),
         "shuffled": lambda: bench.single(budget, defaults_for(budget, spec), "shuffled"),

@@ -72,7 +72,9 @@ def class_moments(stack: Stack, data: Any, classes: int | None = None) -> ClassM
     check_labels(inputs, f"class-wise moments of {stack.name}")
     labels = [item.labels_B for item in inputs if item.labels_B is not None]
     number = classes or int(max(label_B.max() for label_B in labels)) + 1
-    count_K, sums, squares = torch.zeros(number, dtype=torch.float64), [], []
+    count_K = torch.zeros(number, dtype=torch.float64)
+    sums: list[Tensor] = []
+    squares: list[Tensor] = []
     for index, (item, label_B) in enumerate(zip(inputs, labels, strict=True)):
         if index == 0:
             try_batch(stack, item)

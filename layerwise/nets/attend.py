@@ -77,7 +77,8 @@ class Pages:
         self._kept = attended, places, rotation
         self.shape, self.k, self.v, self.out = attended.address, attended.k, attended.v, attended.out
         self.places = places.address
-        self.cos, self.sin = (None, None) if rotation is None else (rotation[0].data_ptr(), rotation[1].data_ptr())
+        self.cos: int | None = None if rotation is None else rotation[0].data_ptr()
+        self.sin: int | None = None if rotation is None else rotation[1].data_ptr()
 
 
 def attends(a: Attention, dtype: torch.dtype, device: torch.device) -> bool:

@@ -108,7 +108,7 @@ class DecoderStack(Stack):
         if layer in self._swapped:
             return self._swapped[layer]
         if self._weights is None:
-            return self.decoder.layers._modules[str(layer)]  # type: ignore[return-value]  # a third of the time of an index
+            return self.decoder.layers._modules[str(layer)]  # a third of the time of an index
         if self._streamed is None or self._streamed[0] != layer:
             self._streamed = None  # let the layer before go first
             self._streamed = layer, self.read(layer)
