@@ -1,6 +1,6 @@
 """What rounding the inputs of every matrix changes in SmolLM2's output: `python -m benchmarks.input_bits`.
 
-Inputs are rounded to fixed point in groups of 32, as `layerwise/nets/native.c` does for packed matrices (10 bits), with
+Inputs are rounded to fixed point in groups of 32, as `layerwise/nets/native.c` does for packed matrices (16 bits), with
 other widths as controls, and beside computing all of the model in bfloat16. KL(float32 || rounded) in nats per token.
 """
 
@@ -16,7 +16,7 @@ from benchmarks.common import machine
 from layerwise.stack.decoder import DecoderStack
 
 BLOCKS, LENGTH, GROUP = 2, 384, 32
-WIDTHS = (6, 8, 10, 12)
+WIDTHS = (6, 8, 10, 16)
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
