@@ -16,6 +16,7 @@ from layerwise.errors import BadData
 from layerwise.measure.identity import identity
 from layerwise.nets.dense import SLOW
 from layerwise.stack.decoder import DecoderStack
+from layerwise.train.bridge import bridged
 from layerwise.train.checkpoint import Checkpoint, digest
 from layerwise.train.distill import Teacher, Weights, distillation, frozen_layers
 from layerwise.train.duration import Duration
@@ -32,6 +33,9 @@ FAST_RATE, SCALE_RATE = 3e-4, 3e-3
 
 BATCH = 2
 """Blocks in one step."""
+
+BRIDGED, SHARE = 32, 0.4
+"""Blocks on which gaps are bridged, and the part of the time that this may take."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def distil(
     weights: Weights | None = None,
     folder: str | Path | None = None,
     after: Sequence[AfterStep] = (),
+    bridge: bool = True,
 ) -> Healed:
     """Heal `stack` by learning from the `original` it was made of, and never make it worse.
 
@@ -88,7 +93,8 @@ def distil(
     chosen on `held_NT`, blocks of the same kind that training does not read, and where even that comes no nearer to
     the original than `stack` was, `stack` itself is returned. Half-precision stacks are computed in half precision
     where the processor has it, with weights and sums in float32. With `folder`, a killed healing goes on from its last
-    state; in seconds, all the time that `distil` takes counts. What is stored takes the bytes it took before.
+    state; in seconds, all the time that `distil` takes counts. What is stored takes the bytes it took before. Where
+    layers are gone and all others are trained, `bridge` first makes up for them by least squares (see `bridge`).
 
     Raises BadData without blocks to train or judge on, BadOption as `heal` and for layers that do not pair.
     """
@@ -98,14 +104,21 @@ def distil(
     method, weights = method or Layers(), weights or Weights()
     recipe = recipe or defaults(stack, method)
     clock = Clock(recipe)
-    name = digest(identity(stack), tokens_NT, held_NT, list(kept), method, recipe, weights)
+    bridging = bridge and method == Layers()
+    name = digest(identity(stack), tokens_NT, held_NT, list(kept), method, recipe, weights, bridging)
     checkpoint = Checkpoint(folder, name) if folder else None
     lesson, held = Teacher(original, tokens_NT, kept), Teacher(original, held_NT, kept)
     began = time.monotonic()
     before = _judged(stack, held)
     clock.reserve = 2 * (time.monotonic() - began)
+    start, solved = stack, []
+    if bridging:
+        fit = BRIDGED if recipe.seconds is None else int(SHARE * recipe.seconds * len(held_NT) / clock.reserve)
+        start, solved = bridged(stack, original, tokens_NT[: min(fit, BRIDGED)], kept)
+        if solved and _judged(start, held) >= before:
+            start, solved = stack, []
     with _seeded(stack, recipe.seed):
-        student = prepared(stack, method)
+        student = prepared(start, method)
         step, parameters = distillation(lesson, weights, frozen_layers(student)), _trainable(student)
 
         def loss(rows_B1: Tensor) -> Tensor:
@@ -119,7 +132,7 @@ def distil(
     result = _judged(healed, held)
     helped = result < before
     tokens, trained = len(losses) * recipe.batch * tokens_NT.shape[1], sum(part.numel() for part in parameters)
-    healing = Healing(len(losses), tokens, clock.seconds, before, result, helped, trained)
+    healing = Healing(len(losses), tokens, clock.seconds, before, result, helped, trained, len(solved))
     return Healed(healed if helped else stack, healing, losses)
 
 

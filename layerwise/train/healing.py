@@ -12,7 +12,7 @@ class Healing:
     """`before` and `after` are the divergence from the original on blocks that training did not read, nats per token.
 
     Where `helped` is False the model was left as it was, and `after` is what it would have become. `parameters`
-    counts what was trained.
+    counts what was trained, `solved` the matrices that were set by least squares before (see `bridge`).
     """
 
     steps: int
@@ -22,6 +22,7 @@ class Healing:
     after: float
     helped: bool
     parameters: int
+    solved: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -33,4 +34,6 @@ class Healing:
     def __str__(self) -> str:
         change = f"divergence from the original {self.before:.4f} -> {self.after:.4f} nats/token on held-out blocks"
         end = "" if self.helped else "; that is no gain, so the model was left as it was"
-        return f"{self.steps:,} steps on {self.tokens:,} tokens in {self.seconds / 60:.1f} minutes: {change}{end}"
+        first = f"least squares in {self.solved} layer{'s' * (self.solved > 1)}, then " if self.solved else ""
+        took = f"{self.steps:,} steps on {self.tokens:,} tokens in {self.seconds / 60:.1f} minutes"
+        return f"{first}{took}: {change}{end}"
