@@ -111,7 +111,7 @@ def distil(
     began = time.monotonic()
     before = _judged(stack, held)
     clock.reserve = 2 * (time.monotonic() - began)
-    start, solved = stack, []
+    start, solved = stack, list[int]()
     if bridging:
         fit = BRIDGED if recipe.seconds is None else int(SHARE * recipe.seconds * len(held_NT) / clock.reserve)
         start, solved = bridged(stack, original, tokens_NT[: min(fit, BRIDGED)], kept)
