@@ -113,8 +113,10 @@ def distil(
     clock.reserve = 2 * (time.monotonic() - began)
     start, solved = stack, list[int]()
     if bridging:
-        fit = BRIDGED if recipe.seconds is None else int(SHARE * recipe.seconds * len(held_NT) / clock.reserve)
-        start, solved = bridged(stack, original, tokens_NT[: min(fit, BRIDGED)], kept)
+        blocks = BRIDGED
+        if recipe.seconds is not None and clock.reserve > 0:
+            blocks = min(blocks, int(SHARE * recipe.seconds * len(held_NT) / clock.reserve))
+        start, solved = bridged(stack, original, tokens_NT[:blocks], kept)
         if solved and _judged(start, held) >= before:
             start, solved = stack, []
     with _seeded(stack, recipe.seed):

@@ -139,7 +139,7 @@ class Killed(BaseException):
 def test_killed_and_resumed_the_result_is_the_same_to_the_bit(
     original: DecoderStack, tokens_NT: Tensor, method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Checkpoint, "due", lambda self: True)
+    monkeypatch.setattr(Checkpoint, "due", lambda self, ended=False: True)
     name = "packed and dropped" if method == Layers() else "dropped"
     _, whole = healed(original, tokens_NT, name, method)
 
@@ -160,7 +160,7 @@ def test_killed_and_resumed_the_result_is_the_same_to_the_bit(
 def test_the_state_of_another_healing_is_refused(
     original: DecoderStack, tokens_NT: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Checkpoint, "due", lambda self: True)
+    monkeypatch.setattr(Checkpoint, "due", lambda self, ended=False: True)
     healed(original, tokens_NT, "dropped", folder=tmp_path)
     with pytest.raises(BadOption, match="another training"):
         healed(original, tokens_NT, "dropped", recipe=replace(RECIPE, seed=1), folder=tmp_path)
@@ -172,7 +172,7 @@ def test_a_time_is_kept_and_counted_over_kills(original: DecoderStack, tokens_NT
     now = [0.0]
     for module in ("loop", "heal"):
         monkeypatch.setattr(f"layerwise.train.{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(Checkpoint, "due", lambda self: True)
+    monkeypatch.setattr(Checkpoint, "due", lambda self, ended=False: True)
     recipe = replace(RECIPE, seconds=4.0)
 
     def step(number: int) -> None:
