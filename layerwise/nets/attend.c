@@ -1,7 +1,8 @@
 /* Attention of few new tokens of many sequences whose keys and values lie in blocks of slots.
 
-   Queries and keys are normed head by head where there are norms, and rotated, new keys and values go to their slots, and every head of every token attends to the
-   slots that it sees, wherever their blocks lie: nothing is gathered. Softmax and sums are in float32. */
+   Queries and keys are normed head by head where there are norms, and rotated, new keys and values go to their slots,
+   and every head of every token attends to the slots that it sees, wherever their blocks lie: nothing is gathered.
+   Softmax and sums are in float32. */
 
 #include "native.h"
 

@@ -1,12 +1,12 @@
-/* A whole block for few tokens: x + attention(norm x), then x + down(activation(gate(norm x)) * up(norm x)); what a half
-   writes is normed once more where the block has norms behind its halves. */
+/* A whole block for few tokens: x + attention(norm x), then x + down(activation(gate(norm x)) * up(norm x)); what
+   a half writes is normed once more where the block has norms behind its halves. */
 
 #include "native.h"
 
 typedef struct {
     Joined qkv, gate_up;
     const Matrix *o, *down;
-    const float *o_bias, *attention_norm, *feed_forward_norm, *attention_post, *feed_forward_post; /* post may be NULL */
+    const float *o_bias, *attention_norm, *feed_forward_norm, *attention_post, *feed_forward_post; /* post: or NULL */
     const HeadNorms *heads;
     int64_t hidden, inner, activation;
     float eps;

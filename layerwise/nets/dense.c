@@ -1,4 +1,4 @@
-/* Few rows times a dense matrix in half precision, read as it is stored: y = x w' + bias, everything else in float32. */
+/* Few rows times a dense matrix in half precision, read as it is stored: y = x w' + bias, all else in float32. */
 
 #include "native.h"
 
@@ -71,8 +71,8 @@ INLINE void dense_rows(const uint16_t *w, const float *x, int64_t inputs, int ro
     else dense_output(w, x, inputs, 4, kind, y);
 }
 
-/* x [rows, inputs], y [rows, outputs] with rows `stride` apart, and bias are float32. A row's numbers do not depend on how
-   many rows there are. Gives 0, or 1 where memory ran out. */
+/* x [rows, inputs], y [rows, outputs] with rows `stride` apart, and bias are float32. A row's numbers do not depend on
+   how many rows there are. Gives 0, or 1 where memory ran out. */
 int dense_product(const Matrix *matrix, const float *x, int64_t rows, const float *bias, float *y, int64_t stride,
                   int threads) {
     const int64_t outputs = matrix->outputs, inputs = matrix->inputs;
@@ -92,8 +92,9 @@ int dense_product(const Matrix *matrix, const float *x, int64_t rows, const floa
         for (int64_t m = 0; m < rows; m += ROWS_AT_ONCE) {
             const int some = rows - m < ROWS_AT_ONCE ? (int)(rows - m) : ROWS_AT_ONCE;
             float of_rows[ROWS_AT_ONCE];
-            if (matrix->kind == BFLOAT16) dense_rows(w + o * inputs, sorted + m * inputs, inputs, some, BFLOAT16, of_rows);
-            else dense_rows(w + o * inputs, sorted + m * inputs, inputs, some, FLOAT16, of_rows);
+            const float *in = sorted + m * inputs;
+            if (matrix->kind == BFLOAT16) dense_rows(w + o * inputs, in, inputs, some, BFLOAT16, of_rows);
+            else dense_rows(w + o * inputs, in, inputs, some, FLOAT16, of_rows);
             for (int r = 0; r < some; r++) y[(m + r) * stride + o] = of_rows[r] + (bias ? bias[o] : 0);
         }
     free(sorted);

@@ -132,9 +132,13 @@ class DirectAttention(Direct, Attention):
 
     norms: HeadNorms | None = None
 
+    @property
+    def known(self) -> bool:
+        """Whether the compiled function can do it: with keys of its own, and norms of its kind or none."""
+        return self.spec.shares is None and (self.norms is not None or not self.spec.qk_norm)
+
     def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
-        known = self.spec.shares is None and (self.norms is not None or not self.spec.qk_norm)
-        pages = flow.pages(self.spec, layer, x_BTC.dtype) if known else None
+        pages = flow.pages(self.spec, layer, x_BTC.dtype) if self.known else None
         if pages is None:
             return super().forward(x_BTC, flow, layer)
         joined = self._modules.get("qkv")

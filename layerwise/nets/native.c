@@ -23,7 +23,9 @@ typedef struct {
 #ifdef __AVX2__
 INLINE many_ints pairs(shorts a, shorts b) { return (many_ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 INLINE shorts from_bytes(const uint8_t *x) { return (shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)x)); }
-INLINE shorts from_signed(const uint8_t *x) { return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)x)); }
+INLINE shorts from_signed(const uint8_t *x) {
+    return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)x));
+}
 #else
 typedef uint8_t loose_bytes __attribute__((vector_size(16), aligned(1)));
 typedef int8_t signed_bytes __attribute__((vector_size(16)));
@@ -115,7 +117,7 @@ INLINE void output(const Matrix *w, int64_t o, int rows, Fixed x, float *y, int 
         const int64_t count = groups - first < CHUNK ? groups - first : CHUNK;
         float factor[MOST_ROWS][CHUNK];
         many scale = {0}, zero = {0};
-        if (o * groups + first + CHUNK <= w->outputs * groups) { /* what belongs to the next output meets steps of zero */
+        if (o * groups + first + CHUNK <= w->outputs * groups) { /* what is the next output's meets steps of zero */
             scale = load_many_bf16(scales + first);
             if (zeros) zero = load_many_bf16(zeros + first);
         } else
@@ -199,7 +201,7 @@ int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bi
     return 0;
 }
 
-/* y = the chosen outputs of w, [rows, inputs]: numbers of a table of tokens. Gives 1 where one of them does not exist. */
+/* y = the chosen outputs of w, [rows, inputs]: numbers of a table of tokens. Gives 1 where one does not exist. */
 int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y) {
     const int64_t groups = w->inputs / w->group, middle = w->kind == NIBBLES ? 8 : w->kind == BYTES ? 128 : 0;
     for (int64_t m = 0; m < rows; m++)

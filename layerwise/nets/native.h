@@ -124,7 +124,8 @@ enum { SILU, GELU_TANH };
 int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                    int threads);
 int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y);
-int dense_product(const Matrix *w, const float *x, int64_t rows, const float *bias, float *y, int64_t stride, int threads);
+int dense_product(const Matrix *w, const float *x, int64_t rows, const float *bias, float *y, int64_t stride,
+                  int threads);
 void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half);
 void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half);
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,

@@ -63,8 +63,7 @@ class Step:
             return None
         norms = [block.attention.norm, block.feed_forward.norm, block.attention.post_norm, block.feed_forward.post_norm]
         known = [norm for norm in norms if norm is None or isinstance(norm, NativeRMSNorm)]
-        if (mixer.spec.shares is not None or (mixer.spec.qk_norm and mixer.norms is None)
-                or not body.spec.gated or body.spec.bias or body.spec.activation not in ACTIVATIONS
+        if (not mixer.known or not body.spec.gated or body.spec.bias or body.spec.activation not in ACTIVATIONS
                 or len(known) < len(norms) or not all(map(_whole, _matrices(mixer) + _matrices(body)))):
             return None
         return Step(mixer, body, known)

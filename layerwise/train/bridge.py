@@ -28,6 +28,7 @@ from layerwise.nets.dense import Dense
 from layerwise.nets.feed_forward import FeedForward
 from layerwise.stack.base import State
 from layerwise.stack.decoder import DecoderStack
+from layerwise.transform.closed_form import ridged
 from layerwise.transform.moments import watching
 
 RIDGES = (1.0, 0.1, 0.01)
@@ -97,10 +98,8 @@ class Sums:
     def solved(self, ridge: float) -> Tensor | None:
         """D' A (A' A + ridge)^-1, [C, I]; None where it cannot be found."""
         assert isinstance(self.gram_II, Tensor) and isinstance(self.cross_CI, Tensor)
-        added = ridge * float(self.gram_II.diagonal().mean())
-        lower_II, failed = torch.linalg.cholesky_ex(self.gram_II + added * torch.eye(
-            len(self.gram_II), device=self.gram_II.device))
-        return None if int(failed) or added == 0 else torch.cholesky_solve(self.cross_CI.T, lower_II).T
+        lower_II, failed = torch.linalg.cholesky_ex(ridged(self.gram_II, ridge).float())
+        return None if int(failed) else torch.cholesky_solve(self.cross_CI.T, lower_II).T
 
     def gained(self, change_CI: Tensor) -> float:
         """By how much the change lowers the squared error |D|^2 of these rows."""

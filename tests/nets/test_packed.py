@@ -65,8 +65,8 @@ def assert_product_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | No
         exact, terms = exact + bias.double(), terms + bias.double().abs()
     each = 2**-20 if HAVE_INT4 or COMPILED else 2**-8
     bound = 2**-8 * exact.abs() + each * terms
-    if COMPILED:  # x in fixed point of 10 bits
-        bound += 1 / 1014 * x.double().abs().amax() * weight.abs().sum(1)
+    if COMPILED:  # x in fixed point of 16 bits
+        bound += 2**-16 * x.double().abs().amax() * weight.abs().sum(1)
     if bias is not None:
         bound += 2**-8 * (exact - bias.double()).abs()
     assert ((y.double() - exact).abs() <= bound).all()
