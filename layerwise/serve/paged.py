@@ -1,7 +1,7 @@
 """Attention and recurrences of one pass over many sequences whose keys lie in blocks and whose states lie in slots.
 
 The tokens of all rows are packed into one sequence of N for the matrices. For attention, rows with about as many new
-tokens form a bucket; a bucket gathers the blocks of its rows and attends to them at once.
+tokens form a bucket; a bucket gathers the blocks of its rows and attends to them at once, or reads them where they are.
 
 Shapes: N packed tokens, R rows of a bucket, T new tokens of its longest row, M blocks of its longest table,
 S slots, H query heads, K key heads, D head width.
@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from layerwise.nets import flex
 from layerwise.nets.attend import Pages, Places
 from layerwise.nets.flow import Flow, Recurrence
 from layerwise.nets.softmax import few_queries, softmax_attention
@@ -98,10 +99,27 @@ class View:
     @cached_property
     def blocks_RM(self) -> Tensor:
         """Block tables, filled up with block 0; only blocks that hold a token or will."""
-        used = [table.blocks[: -(-(start + size) // self.block) - table.first]
+        longest = max(self._counts)
+        filled = [[*table.blocks[:count], *[0] * (longest - count)]
+                  for count, table in zip(self._counts, self.tables, strict=True)]
+        return placed(filled, self.bucket.device)
+
+    @cached_property
+    def blocks(self) -> flex.Blocks:
+        """The same for attention that reads blocks where they are."""
+        counts_R, first_R = (placed(numbers, self.bucket.device)
+                             for numbers in (self._counts, [table.first for table in self.tables]))
+        return flex.Blocks(self.blocks_RM, counts_R, first_R, self._start_R, self.block)
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        """Blocks of each row that hold a token or will."""
+        return [-(-(start + size) // self.block) - table.first
                 for start, size, table in zip(self.starts, self.bucket.sizes, self.tables, strict=True)]
-        longest = max(map(len, used))
-        return placed([blocks + [0] * (longest - len(blocks)) for blocks in used], self.bucket.device)
+
+    @cached_property
+    def _start_R(self) -> Tensor:
+        return placed(self.starts, self.bucket.device)
 
     def mask(self, window: int | None, slots: int) -> Tensor | None:
         """Which of the gathered slots each token sees, bool [R, 1, T, S]; None where causal order says it all."""
@@ -126,8 +144,7 @@ class View:
         device = self.bucket.device
         first_R = placed([table.first * self.block for table in self.tables], device)
         slot_RS = first_R[:, None] + torch.arange(slots, device=device)
-        start_R = placed(self.starts, device)
-        query_RT1 = (start_R[:, None] + torch.arange(self.bucket.longest, device=device))[..., None]
+        query_RT1 = (self._start_R[:, None] + torch.arange(self.bucket.longest, device=device))[..., None]
         seen_RTS = slot_RS[:, None] <= query_RT1
         if window is not None:
             seen_RTS &= slot_RS[:, None] > query_RT1 - window
@@ -259,6 +276,8 @@ def _attend(view: View, pool: Pool, q_RHTD: Tensor, fresh: Pair | None, a: Atten
     if view.fresh and fresh is not None and (a.window is None or a.window >= bucket.longest):
         k, v = (new[:, :, bucket.tokens] for new in fresh)
         return softmax_attention(q_RHTD, k, v, None, a)
+    if view.span is None and type(pool) is Pool and flex.runs(a, view.block, q_RHTD.dtype, bucket.device):
+        return flex.compiled()(q_RHTD, pool.k, pool.v, view.blocks, a)
     k, v = pool.span(*view.span) if view.span is not None else pool.gather(view.blocks_RM)
     slots = k.shape[2]
     if bucket.longest <= FEW and (len(bucket.rows) > 1 or bucket.longest > 1) and bucket.device.type == "cpu":

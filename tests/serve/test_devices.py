@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import flex_attention
 
+from layerwise.nets import flex
 from layerwise.nets.decoder import Decoder
 from layerwise.serve.engine import Engine, layered
+from layerwise.serve.paged import PagedFlow
 from layerwise.serve.plan import Entry
 from layerwise.serve.request import Params
 from layerwise.serve.runner import Runner
@@ -20,7 +23,7 @@ from layerwise.serve.table import LayerTable, layer_table
 from layerwise.spec import StackSpec
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
-from tests.serve.plain import KINDS, prompts
+from tests.serve.plain import KINDS, greedy, prompts, serve
 
 TABLES: dict[str, Callable[[StackSpec], LayerTable]] = {
     "windows": layer_table,
@@ -63,6 +66,27 @@ def test_no_step_mixes_devices(table: str, steps: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(engine.runner, "forget", forget_both)
     engine.generate(prompts(4), Params(max_tokens=2))
     assert seen > 2
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["full", "windows"])
+def test_blocks_read_where_they_are_give_the_same_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an NVIDIA GPU does, on the CPU and without the compiler."""
+    stack, asked, calls = KINDS[kind].stack(), prompts(4), 0
+    expected = [greedy(stack, prompt, 3) for prompt in asked]
+
+    def attend(*given: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return flex.attend(*given)
+
+    monkeypatch.setattr(flex, "runs", lambda *given: True)
+    monkeypatch.setattr(flex, "compiled", lambda: attend)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(PagedFlow, "pages", lambda *given: None)
+    engine = Engine(stack, cache_tokens=512, block=4, step_tokens=30)
+    assert [list(answer.tokens) for answer in serve(engine, asked, Params(max_tokens=3, temperature=0.0))] == expected
+    assert calls > 10
 
 
 # on a GPU --------------------------------------------------------------------------------------------
