@@ -19,10 +19,7 @@ from layerwise.stack.decoder import DecoderStack
 from layerwise.transform import TRANSFORMS
 from layerwise.transform.base import Transform
 from layerwise.transform.gram import grams, normed
-from layerwise.transform.learn_rotation import LearnRotation
 from layerwise.transform.quantize import Quantize, pack_table, table_gram, values
-from layerwise.transform.rotate import RotateValues
-from layerwise.transform.scale_inputs import ScaleInputs
 from layerwise.transform.share_kv import ShareKV
 
 
@@ -94,8 +91,7 @@ def _check_shared(layers: Mapping[int, Sequence[Transform]], rows: Sequence[Laye
     readers |= {edit.source: layer for layer, edits in layers.items() for edit in edits if isinstance(edit, ShareKV)}
     for source, reader in readers.items():
         for edit in layers.get(source, ()):
-            scales = isinstance(edit, ScaleInputs) and "o" in edit.inputs
-            if scales or isinstance(edit, RotateValues | LearnRotation):
+            if edit.turns_values():
                 raise BadPlan(f"{edit.name} for layer {source}, whose values layer {reader} shares",
                               expected="values that only their own layer reads",
                               do="remove this edit, or for scale-inputs the input 'o'")

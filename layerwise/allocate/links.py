@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from layerwise.allocate.choices import Choice, Groups
 from layerwise.spec import Attention
+from layerwise.transform import TRANSFORMS
 
 Keys = tuple[int, int]
 """Key heads and their width."""
@@ -26,10 +27,6 @@ class Link:
     giving: frozenset[int]
 
 
-TURNING = ("rotate-values", "learn-rotation", "scale-inputs")
-"""Transforms after which values are not what a reader was made for, though the row is."""
-
-
 def needs(choice: Choice) -> tuple[int, Keys] | None:
     """The layer whose keys the choice reads, and which keys it takes them to be; None where it reads none."""
     mixer = choice.row.mixer if choice.row else None
@@ -41,7 +38,7 @@ def needs(choice: Choice) -> tuple[int, Keys] | None:
 def offers(choice: Choice) -> Keys | None:
     """The keys of its own that others may read; None where there are none."""
     mixer = choice.row.mixer if choice.row else None
-    if any(edit.transform in TURNING for edit in choice.edits):
+    if any(TRANSFORMS[edit.transform](**edit.arguments).turns_values() for edit in choice.edits):
         return None
     return (mixer.kv_heads, mixer.head_dim) if isinstance(mixer, Attention) and mixer.shares is None else None
 

@@ -38,10 +38,10 @@ def _group(
     target: int | str, size: int, shares: Mapping[str, float], generator: np.random.Generator
 ) -> list[Choice]:
     steps = generator.uniform(0.01, 1, len(shares)) * np.arange(len(shares)) ** 2
-    choices = []
+    choices: list[Choice] = []
     for (label, share), loss in zip(shares.items(), np.cumsum(steps), strict=True):
         cost = {"bytes": float(round(size * share)), "layers": float(isinstance(target, int) and share > 0)}
-        edits = () if label == "keep" else (Edit(target, "edit", {"to": label}, float(loss)),)
+        edits = () if label == "keep" else (_some_edit(target, len(choices), loss),)
         before = replace(ROW, feed_forward=FeedForward(size)) if isinstance(target, int) else None
         choices.append(Choice(target, label, edits, before if cost["layers"] else None, float(loss), cost, before))
     return choices
@@ -66,10 +66,15 @@ def linked_problem(seed: int, layers: int = 5) -> Groups:
                         f"share {back}, 4 bits": (_mixing(shares=layer - back), 22, 0)}
         losses = generator.exponential(1, len(offered)) * (np.arange(len(offered)) > 0)
         groups.append([
-            Choice(layer, label, () if label == "keep" else (Edit(layer, "edit", {"to": label}, float(loss)),), row,
-                   float(loss), {"bytes": float(size), "cache": float(cache)}, WITH_KEYS)
-            for (label, (row, size, cache)), loss in zip(offered.items(), losses, strict=True)])
+            Choice(layer, label, () if label == "keep" else (_some_edit(layer, place, loss),), row, float(loss),
+                   {"bytes": float(size), "cache": float(cache)}, WITH_KEYS)
+            for place, ((label, (row, size, cache)), loss) in enumerate(zip(offered.items(), losses, strict=True))])
     return groups
+
+
+def _some_edit(target: int | str, place: int, loss: float) -> Edit:
+    """An edit of its own for each place of a group; to a solver it is a name."""
+    return Edit(target, "quantize", {"bits": 4, "group": 32 * place}, float(loss))
 
 
 def _mixing(**changes: int) -> LayerSpec:

@@ -29,6 +29,10 @@ class Transform(ABC):
     keeps_inputs: ClassVar[bool] = False
     """Whether what enters each matrix stays nearly as it was, so that the next edit may read the same statistics."""
 
+    def turns_values(self) -> bool:
+        """Whether values come out otherwise than a layer takes them to be that shares them, though the row is."""
+        return False
+
     @abstractmethod
     def edit(self, row: LayerSpec, hidden: int) -> LayerSpec | None:
         """The row after the edit, or None where the layer is gone. Raises BadOption where it cannot be."""

@@ -60,6 +60,9 @@ class LearnRotation(Transform):
             raise BadOption(f"steps={self.steps}, group={self.group}", expected="numbers from 0",
                             do="use steps=40 and the group size of the format (0: a whole row)")
 
+    def turns_values(self) -> bool:
+        return True
+
     def edit(self, row: LayerSpec, hidden: int) -> LayerSpec:
         """The row itself. Raises BadOption where there are no values of its own, or matrices that are not dense."""
         return RotateValues(self.seed).edit(row, hidden)

@@ -40,6 +40,9 @@ class RotateValues(Transform):
     name: ClassVar[str] = "rotate-values"
     seed: int = 0
 
+    def turns_values(self) -> bool:
+        return True
+
     def edit(self, row: LayerSpec, hidden: int) -> LayerSpec:
         """The row itself. Raises BadOption where there are no values of its own, or matrices that are not dense."""
         if not isinstance(row.mixer, Attention) or row.mixer.shares is not None:

@@ -78,6 +78,9 @@ class ScaleInputs(Transform):
         symmetric = default.symmetric if self.symmetric is None else self.symmetric
         return Format(self.bits, group, symmetric, self.scale_bits)
 
+    def turns_values(self) -> bool:
+        return "o" in self.inputs
+
     def edit(self, row: LayerSpec, hidden: int) -> LayerSpec:
         """The row itself. Raises BadOption for an opaque layer, and for matrices that are packed or factored."""
         if isinstance(row.mixer, Opaque):
