@@ -43,6 +43,9 @@ Only = Annotated[
 Heal = Annotated[
     Amount, typer.Option("--heal", help="Train the result on what the original says, such as 10m, 90s or 200steps.")
 ]
+Trials = Annotated[
+    int | None, typer.Option("--trials", help="Blocks of text to try changes on: more predict better and take longer.")
+]
 Controls = Annotated[bool, typer.Option("--controls", help="Also measure random, shuffled and reversed plans.")]
 
 
@@ -59,6 +62,7 @@ def optimize(
     only: Only = "",
     controls: Controls = False,
     heal: Heal = None,
+    trials: Trials = None,
     data: Data = "default",
     seed: Seed = 0,
     output: Output = None,
@@ -94,6 +98,8 @@ def optimize(
     if solver is not None:
         SOLVERS[solver]
     healing = {} if heal is None else {"heal": str(Duration.parse(heal))}
+    trials = job.TRIAL if trials is None else trials
+    more = {} if trials == job.TRIAL else {"trials": trials}
     arguments = {
         "model": full(model),
         "budget": budget.given(),
@@ -103,12 +109,13 @@ def optimize(
         "data": full(data),
         "seed": seed,
         **healing,
+        **more,
     }
     folder = output or default_folder("optimize", model, arguments)
     with Run.open(folder, "optimize", arguments, fresh=fresh) as run, screen.resumable():
         done = job.optimize(
             model, budget, run, solver=solver, only=alternatives, data=data, seed=seed, controls=controls,
-            heal=heal, tell=screen.tell,
+            heal=heal, trials=trials, tell=screen.tell,
         )
     screen.show(f"\n{done.report}\n\nplan    {run.path('plan.json')}\nmodel   {done.model}\nreport  {done.page}")
     screen.finish(

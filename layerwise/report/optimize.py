@@ -8,14 +8,16 @@ from pathlib import Path
 
 from layerwise.allocate.apply import apply
 from layerwise.allocate.budget import Budget
+from layerwise.allocate.early import LEAST, measure_early
 from layerwise.allocate.losses import Alternative
 from layerwise.allocate.plan import Plan
 from layerwise.allocate.solvers import SOLVERS
 from layerwise.allocate.stopwatch import clock_for
 from layerwise.data.text import TextData, text_blocks
-from layerwise.errors import BadData, BadModel
+from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.measure.engine import measure
 from layerwise.measure.identity import identity
+from layerwise.measure.response import Response
 from layerwise.measure.scores import Scores
 from layerwise.report.alternatives import calibrated, reading, trying
 from layerwise.report.decide import Decide, asked
@@ -24,7 +26,7 @@ from layerwise.report.layers import kept_layers
 from layerwise.report.report import Report
 from layerwise.report.run import Run
 from layerwise.report.surrogates import rank_agreement, sentence
-from layerwise.report.tried import Tried, load_tried, save_tried, try_plans
+from layerwise.report.tried import SOLVER, Tried, load_tried, save_tried, try_plans
 from layerwise.report.verify import verification_text, verify
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
@@ -36,7 +38,7 @@ from layerwise.train.vision_language import examples
 Tell = Callable[[str], None]
 BLOCKS, LENGTH = 18, 512
 TRIAL = 2
-"""Blocks kept apart from those whose statistics transforms read, to measure losses on."""
+"""Blocks of those kept apart from what transforms read, to measure losses on."""
 
 SHORT = 256
 """Tokens of such a block on which single changes are tried; whole plans are measured on all of it."""
@@ -70,6 +72,7 @@ def optimize(
     seed: int = 0,
     controls: bool = False,
     heal: str | None = None,
+    trials: int = TRIAL,
     tell: Tell = lambda _: None,
     progress: bool = True,
 ) -> Optimized:
@@ -79,22 +82,26 @@ def optimize(
     (see `refine`); the plan nearest to the original is taken. `solver` makes the plans, `controls` sets random,
     shuffled and reversed ones beside them. `only` limits what a layer may become (see `parse_alternatives`). `heal`
     says how long to train what came out on what the original says, such as "10m" or "200steps"; bytes stay. Text
-    to measure on is the calibration split of `data`, text to verify on its verification split. Finished steps of
-    the run are not repeated.
-    Raises what opening, measuring, allocating, applying and verifying raise.
+    to measure on is the calibration split of `data`, text to verify on its verification split. Changes are tried on
+    `trials` blocks of it; of more than two, parts whose absence is too bad for any plan are not tried on all
+    (`allocate/early.py`). Finished steps of the run are not repeated.
+    Raises BadOption for `trials` below 1, and what opening, measuring, allocating, applying and verifying raise.
     """
+    if trials < 1:
+        raise BadOption(f"trials={trials}", expected="a number of blocks from 1", do=f"leave it at {TRIAL}")
     duration = Duration.parse(heal) if heal else None
     stack = opened(source, tell)
     run.note("model fingerprint", identity(stack))
     decide = asked(budget, stack.spec, only, seed, clock_for(budget, stack.spec))
-    calibration, trial = parted(calibration_text(stack, data, seed))
+    calibration, trial = parted(calibration_text(stack, data, seed, BLOCKS - TRIAL + trials), trials)
     shown = calibrated(decide.alternatives, stack.spec, calibration.tokens_NT.numel(), only)
     if len(shown) < len(decide.alternatives):
         decide = replace(decide, alternatives=shown)
         decide.check(stack.spec)
     scores = run.step(
         "scores",
-        lambda: measured_for(stack, calibration, trial, decide.alternatives, seed, run, tell, progress),
+        lambda: measured_for(stack, calibration, trial, decide.alternatives, seed, run, tell, progress,
+                             lambda scores: decide(scores, solver or SOLVER)),
         file="scores.parquet",
         save=lambda scores, path: scores.save(path),
         load=Scores.load,
@@ -163,11 +170,11 @@ def calibration_text(stack: Stack, source: str | Path, seed: int, blocks: int | 
     return text_blocks(source, stack.tokenizer, length=length, blocks=blocks, split="calibration", seed=seed)
 
 
-def parted(text: TextData) -> tuple[TextData, TextData]:
-    """Blocks for statistics and blocks to try plans on; a single block, or a demo's pictures, serve as both."""
+def parted(text: TextData, trials: int = TRIAL) -> tuple[TextData, TextData]:
+    """Blocks for statistics and `trials` to try plans on; a single block, or a demo's pictures, serve as both."""
     if len(text) < 2 or not isinstance(text, TextData):
         return text, text
-    trial = min(TRIAL, len(text) // 2)
+    trial = min(trials, len(text) // 2)
     return text.take(len(text) - trial), text.skip(len(text) - trial)
 
 
@@ -194,16 +201,29 @@ def measured_for(
     run: Run,
     tell: Tell,
     progress: bool,
+    decide: Callable[[Scores], Plan] | None = None,
 ) -> Scores:
-    """Everything that planning with `alternatives` needs; finished trials are kept in `run`."""
+    """Everything that planning with `alternatives` needs; finished trials are kept in `run`.
+
+    With `decide`, which makes the plan that would be chosen, parts left out may be tried on some of the text only.
+    """
     journal = run.path("measured.jsonl")
     if isinstance(trial, TextData):
         trial = trial.shortened(SHORT)
+    *cheap, response = trying(alternatives)
+    assert isinstance(response, Response)
+    later = decide is not None and len(trial) > LEAST and bool(response.drops or response.shares)
     tell(f"trying changes to {len(stack)} layers on {trial.tokens_NT.numel():,} tokens")
-    scores = measure(stack, trial, trying(alternatives), seed=seed, progress=progress, resume=journal)
+    scores = measure(stack, trial, cheap if later else [*cheap, response], seed=seed, progress=progress, resume=journal)
     if wanted := reading(alternatives):
         tell(f"reading the layers' inputs on {calibration.tokens_NT.numel():,} tokens")
         scores = scores.merge(measure(stack, calibration, wanted, seed=seed, progress=progress, resume=journal))
+    if decide is not None and later:
+        plan_with, known = decide, scores
+        tried = measure_early(stack, trial, response, lambda found: plan_with(known.merge(found)),
+                              seed=seed, progress=progress, resume=journal)
+        tell(f"{len(tried.provenance['stopped'])} parts left out were too bad for any plan after {LEAST} blocks")
+        scores = scores.merge(tried)
     if said := sentence(scores):
         tell(said)
     return scores
