@@ -26,7 +26,7 @@ def text(blocks: int) -> TextData:
 
 def measured(stack: DecoderStack, trials: int, folder: Path, budget: Budget) -> tuple[Scores, Decide, list[str]]:
     said: list[str] = []
-    decide = Decide(budget, parse_alternatives(["8/32", "4/32", "drop", "drop-attention"], stack.spec))
+    decide = Decide(budget, parse_alternatives(["4/32", "drop", "drop-attention"], stack.spec))
     calibration, trial = parted(text(12), trials)
     with Run.open(folder, "optimize", {"trials": trials}) as run:
         scores = measured_for(stack, calibration, trial, decide.alternatives, 0, run, said.append, False,
