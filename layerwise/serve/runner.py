@@ -11,6 +11,7 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
+from layerwise.nets import flex
 from layerwise.serve.paged import PagedFlow
 from layerwise.serve.placed import placed
 from layerwise.serve.plan import Entry
@@ -35,6 +36,9 @@ class Runner:
         self._watching: dict[int, PagedFlow] = {}
         self.watched = frozenset(
             layer for group in table.groups if group.scorer == "attention" for layer in group.layers)
+        for row in stack.spec.rows:  # kernels are compiled before the first request waits for them
+            if isinstance(row.mixer, Attention):
+                flex.runs(row.mixer, block, stack.dtype, stack.device)
 
     def _pool(self, layer: int, blocks: int, states: int) -> Pool | StatePool | None:
         entry, mixer = self.table.layers[layer], self.stack.spec.rows[layer].mixer
