@@ -74,7 +74,8 @@ class Service:
             while told:
                 left = began + self.bounds.seconds - time.monotonic()
                 try:
-                    index, event = await asyncio.wait_for(news.get(), max(left, 0))
+                    async with asyncio.timeout(left):  # wait_for of Python 3.11 may lose that the client left
+                        index, event = await news.get()
                 except TimeoutError:
                     for index, event in self._out_of_time(job, told):
                         yield index, event
