@@ -224,6 +224,7 @@ def report(bench: Bench, model: str, shares: list[int]) -> str:
               "| share of bytes | best single | joint - best, 95 % | lower |", "|---|---|---|---|"]
     for share in shares:
         lines += _against_best(points, share)
+    lines += _controls(points, shares)
     return "\n".join([*lines, *_mixtures(points), *_seconds(points)]) + "\n"
 
 
@@ -232,11 +233,24 @@ def _against_best(points: dict[str, Point], share: int) -> list[str]:
     known = [name for name in singles if name in points]
     if not known or f"{share} joint" not in points:
         return []
-    best, joint = min(known, key=lambda name: kl_of(points[name])), points[f"{share} joint"]
+    return [_row(points, share, min(known, key=lambda name: kl_of(points[name])))]
+
+
+def _controls(points: dict[str, Point], shares: list[int]) -> list[str]:
+    rows = [_row(points, share, f"{share} {name}") for share in shares for name in ("shuffled", "reversed")
+            if {f"{share} {name}", f"{share} joint"} <= set(points)]
+    return rows and ["", "Controls:", "", "| share of bytes | control | joint - control, 95 % | lower |",
+                     "|---|---|---|---|", *rows]
+
+
+def _row(points: dict[str, Point], share: int, other: str) -> str:
+    """The joint plan of a share beside another point."""
+    joint = points[f"{share} joint"]
     count = np.array(joint["positions"])
-    found = paired_interval(np.array(points[best]["kl"]) / count, np.array(joint["kl"]) / count)
-    return [f"| {share} % | {best.partition(' ')[2]} {kl_of(points[best]):.4f} | {found.value:+.4f} [{found.low:+.4f}, "
-            f"{found.high:+.4f}] | {'yes' if found.high < 0 else 'within noise' if found.low < 0 else 'no'} |"]
+    found = paired_interval(np.array(points[other]["kl"]) / count, np.array(joint["kl"]) / count)
+    return (f"| {share} % | {other.partition(' ')[2]} {kl_of(points[other]):.4f} | {found.value:+.4f} "
+            f"[{found.low:+.4f}, {found.high:+.4f}] | "
+            f"{'yes' if found.high < 0 else 'within noise' if found.low < 0 else 'no'} |")
 
 
 def _mixtures(points: dict[str, Point]) -> list[str]:
