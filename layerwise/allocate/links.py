@@ -38,9 +38,10 @@ def needs(choice: Choice) -> tuple[int, Keys] | None:
 def offers(choice: Choice) -> Keys | None:
     """The keys of its own that others may read; None where there are none."""
     mixer = choice.row.mixer if choice.row else None
-    if any(TRANSFORMS[edit.transform](**edit.arguments).turns_values() for edit in choice.edits):
+    if not isinstance(mixer, Attention) or mixer.shares is not None:
         return None
-    return (mixer.kv_heads, mixer.head_dim) if isinstance(mixer, Attention) and mixer.shares is None else None
+    turned = any(TRANSFORMS[edit.transform](**edit.arguments).turns_values() for edit in choice.edits)
+    return None if turned else (mixer.kv_heads, mixer.head_dim)
 
 
 def links(groups: Groups) -> tuple[Link, ...]:

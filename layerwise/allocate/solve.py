@@ -66,7 +66,8 @@ def _alike_in_keys(groups: Groups) -> Callable[[Choice, Choice], bool]:
     """Whether one choice can stand for another as far as other layers go: always where none reads another's keys."""
     if not links(groups):
         return lambda a, b: True
-    return lambda a, b: (needs(a), offers(a)) == (needs(b), offers(b))
+    keys = {id(choice): (needs(choice), offers(choice)) for group in groups for choice in group}
+    return lambda a, b: keys[id(a)] == keys[id(b)]
 
 
 def _worth_paying(group: list[Choice], floor: float, currencies: tuple[str, ...],

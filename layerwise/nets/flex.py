@@ -33,30 +33,33 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Blocks", spec.Attention], Tensor]
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where rows have their keys: `blocks_RM` of the pool, of which row r has `counts_R[r]`, the first being its block
-    number `first_R[r]`; its new tokens begin at its place `start_R[r]`. All int64, blocks of `size` slots.
+    """Where rows have their keys in pools of one kind: `blocks_RM`, of which row r has `counts_R[r]`; its new tokens
+    begin at its place `start_R[r]`. `numbers_RP` says of every block of a pool which one it is in each row, FAR where
+    the row lacks it. Blocks have `size` slots.
     """
 
     blocks_RM: Tensor
     counts_R: Tensor
-    first_R: Tensor
     start_R: Tensor
+    numbers_RP: Tensor
     size: int
 
-    def numbers(self, pool: int) -> Tensor:
-        """Of every block of a pool of `pool` its number in each row, int32 [R, P]; FAR where the row lacks it."""
-        rows, columns = self.blocks_RM.shape
-        column_M = torch.arange(columns, device=self.blocks_RM.device)
-        kept_RM = torch.where(column_M < self.counts_R[:, None], self.blocks_RM, pool)  # what only fills up goes last
-        numbers_RP = self.blocks_RM.new_full((rows, pool + 1), FAR)
-        return numbers_RP.scatter_(1, kept_RM, self.first_R[:, None] + column_M)[:, :pool].int()
+    @staticmethod
+    def of(blocks_RM: Tensor, counts_R: Tensor, first_R: Tensor, start_R: Tensor, pool: int, size: int) -> Blocks:
+        """From tables, all int64, whose first block is number `first_R[r]` in row r, for pools of `pool` blocks."""
+        rows, columns = blocks_RM.shape
+        column_M = torch.arange(columns, device=blocks_RM.device)
+        kept_RM = torch.where(column_M < counts_R[:, None], blocks_RM, pool)  # what only fills up goes last
+        numbers_RP = blocks_RM.new_full((rows, pool + 1), FAR)
+        numbers_RP.scatter_(1, kept_RM, first_R[:, None] + column_M)
+        return Blocks(blocks_RM.int(), counts_R.int(), start_R, numbers_RP[:, :pool].int(), size)
 
 
 def attend(q_RHTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, blocks: Blocks, a: spec.Attention) -> Tensor:
     """What new tokens get from all slots they see, [R, H, T, D]; their own keys are in the pool already."""
     new = q_RHTD.shape[2]
     slots, size, window, cap = k_KSD.shape[1], blocks.size, a.window, a.softcap
-    numbers_RP, start_R = blocks.numbers(slots // size), blocks.start_R
+    numbers_RP, start_R = blocks.numbers_RP, blocks.start_R
 
     def seen(row: Tensor, head: Tensor, token: Tensor, slot: Tensor) -> Tensor:
         place = numbers_RP[row, slot // size] * size + slot % size
@@ -70,8 +73,8 @@ def attend(q_RHTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, blocks: Blocks, a: spec
     together = FEW if new <= FEW else MANY
     programs = -(-new // together)
     mask = BlockMask.from_kv_blocks(
-        blocks.counts_R[:, None, None].expand(-1, 1, programs).int().contiguous(),
-        blocks.blocks_RM[:, None, None].expand(-1, 1, programs, -1).int().contiguous(),
+        blocks.counts_R[:, None, None].expand(-1, 1, programs).contiguous(),
+        blocks.blocks_RM[:, None, None].expand(-1, 1, programs, -1).contiguous(),
         BLOCK_SIZE=(together, size), mask_mod=seen, seq_lengths=(new, slots), compute_q_blocks=False)
     out = flex_attention(
         q_RHTD, k_KSD[None], v_KSD[None], block_mask=mask, score_mod=None if cap is None else capped,
@@ -113,7 +116,8 @@ def right(attend: Attend, a: spec.Attention, size: int, dtype: torch.dtype, devi
     shapes = (3, a.heads, new, width), *(2 * [(a.kv_heads, 3 * count * size, width)])
     q_RHTD, k_KSD, v_KSD = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     start_R = torch.tensor(ends, device=device) - new
-    blocks = Blocks(table_RM, torch.full_like(start_R, count), torch.zeros_like(start_R), start_R, size)
+    counts_R, first_R = torch.full_like(start_R, count), torch.zeros_like(start_R)
+    blocks = Blocks.of(table_RM, counts_R, first_R, start_R, 3 * count, size)
     found_RHTD = attend(q_RHTD, k_KSD, v_KSD, blocks, a)
     slot = torch.arange(size, device=device)
     for row, end in enumerate(ends):

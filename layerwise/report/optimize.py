@@ -212,15 +212,15 @@ def measured_for(
         trial = trial.shortened(SHORT)
     *cheap, response = trying(alternatives)
     assert isinstance(response, Response)
-    later = decide is not None and len(trial) > LEAST and bool(response.drops or response.shares)
+    early = decide if len(trial) > LEAST and (response.drops or response.shares) else None
     tell(f"trying changes to {len(stack)} layers on {trial.tokens_NT.numel():,} tokens")
-    scores = measure(stack, trial, cheap if later else [*cheap, response], seed=seed, progress=progress, resume=journal)
+    scores = measure(stack, trial, cheap if early else [*cheap, response], seed=seed, progress=progress, resume=journal)
     if wanted := reading(alternatives):
         tell(f"reading the layers' inputs on {calibration.tokens_NT.numel():,} tokens")
         scores = scores.merge(measure(stack, calibration, wanted, seed=seed, progress=progress, resume=journal))
-    if decide is not None and later:
-        plan_with, known = decide, scores
-        tried = measure_early(stack, trial, response, lambda found: plan_with(known.merge(found)),
+    if early:
+        known = scores
+        tried = measure_early(stack, trial, response, lambda found: early(known.merge(found)),
                               seed=seed, progress=progress, resume=journal)
         tell(f"{len(tried.provenance['stopped'])} parts left out were too bad for any plan after {LEAST} blocks")
         scores = scores.merge(tried)

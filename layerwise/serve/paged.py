@@ -76,6 +76,7 @@ class View:
         self.tables = [row.sequence.tables[group] for row in bucket.rows]
         self.starts = [row.start - table.shift for row, table in zip(bucket.rows, self.tables, strict=True)]
         self.fresh = len(self.tables) == 1 and self.starts[0] == 0
+        self._blocks: flex.Blocks | None = None
         self._masks: dict[int | None, Tensor | None] = {}
         self._seen: dict[int | None, Tensor | None] = {}
 
@@ -104,12 +105,13 @@ class View:
                   for count, table in zip(self._counts, self.tables, strict=True)]
         return placed(filled, self.bucket.device)
 
-    @cached_property
-    def blocks(self) -> flex.Blocks:
-        """The same for attention that reads blocks where they are."""
-        counts_R, first_R = (placed(numbers, self.bucket.device)
-                             for numbers in (self._counts, [table.first for table in self.tables]))
-        return flex.Blocks(self.blocks_RM, counts_R, first_R, self._start_R, self.block)
+    def blocks(self, pool: int) -> flex.Blocks:
+        """The same for attention that reads blocks where they are, in pools of `pool` blocks."""
+        if self._blocks is None:
+            counts_R, first_R = (placed(numbers, self.bucket.device)
+                                 for numbers in (self._counts, [table.first for table in self.tables]))
+            self._blocks = flex.Blocks.of(self.blocks_RM, counts_R, first_R, self._start_R, pool, self.block)
+        return self._blocks
 
     @cached_property
     def _counts(self) -> list[int]:
@@ -277,7 +279,7 @@ def _attend(view: View, pool: Pool, q_RHTD: Tensor, fresh: Pair | None, a: Atten
         k, v = (new[:, :, bucket.tokens] for new in fresh)
         return softmax_attention(q_RHTD, k, v, None, a)
     if view.span is None and type(pool) is Pool and flex.runs(a, view.block, q_RHTD.dtype, bucket.device):
-        return flex.compiled()(q_RHTD, pool.k, pool.v, view.blocks, a)
+        return flex.compiled()(q_RHTD, pool.k, pool.v, view.blocks(pool.k.shape[1] // pool.block), a)
     k, v = pool.span(*view.span) if view.span is not None else pool.gather(view.blocks_RM)
     slots = k.shape[2]
     if bucket.longest <= FEW and (len(bucket.rows) > 1 or bucket.longest > 1) and bucket.device.type == "cpu":

@@ -28,11 +28,12 @@ KINDS = {
 def some_blocks(start: list[int]) -> flex.Blocks:
     longest = max(map(len, TABLES))
     blocks_RM = torch.tensor([[*table, *[0] * (longest - len(table))] for table in TABLES])
-    return flex.Blocks(blocks_RM, torch.tensor(list(map(len, TABLES))), torch.tensor(FIRST), torch.tensor(start), SIZE)
+    counts_R = torch.tensor(list(map(len, TABLES)))
+    return flex.Blocks.of(blocks_RM, counts_R, torch.tensor(FIRST), torch.tensor(start), POOL, SIZE)
 
 
 def test_numbers_of_blocks_a_row_has_and_of_those_it_lacks() -> None:
-    numbers = some_blocks([0, 0, 0]).numbers(POOL)
+    numbers = some_blocks([0, 0, 0]).numbers_RP
     assert numbers[0, [5, 0, 9, 10]].tolist() == [0, 1, 2, 3] and numbers[2, [7, 1, 11]].tolist() == [2, 3, 4]
     assert numbers[1].tolist() == [0 if block == 2 else flex.FAR for block in range(POOL)]
     assert (numbers == flex.FAR).sum().item() == 3 * POOL - 8
