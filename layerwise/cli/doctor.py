@@ -50,7 +50,7 @@ def environment() -> dict[str, object]:
     return {
         **versions(),
         **machine(),
-        "bfloat16 kernels": torch.bfloat16 not in SLOW,
+        "fast bfloat16": torch.bfloat16 not in SLOW,
         "compiled kernels": library() is not None,
         "interpreter": sys.executable,
         "cache": str(cache),

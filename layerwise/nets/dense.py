@@ -1,8 +1,10 @@
-"""Products with dense matrices, at full speed also where the processor has no instructions for half precision.
+"""Products with dense matrices, at full speed also where the processor is slow in half precision.
 
-Without them torch multiplies bfloat16 and float16 some six times slower than float32. There, products of many rows
-run in float32, part by part, and are rounded once at the end, as in the instructions that are missing. Few rows stay:
-reading the matrix is then what takes time, and half precision is half as much to read.
+Without instructions for it torch multiplies bfloat16 and float16 some six times slower than float32. Intel's AVX-512
+has instructions for bfloat16, but runs them at half the speed of float32 where its matrix unit (AMX) is missing or
+hidden from a virtual machine. There, products of many rows run in float32, part by part, and are rounded once at the
+end, as in the instructions. Few rows stay: reading the matrix is then what takes time, and half precision is half as
+much to read.
 
 Shapes: O outputs, I inputs.
 """
@@ -15,21 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MANY = 8
-"""Rows from which widening the matrix first takes less time than multiplying it as it is."""
+WITHOUT, HALF_SPEED = 8, 48
+"""Rows from which widening the matrix first takes less time: without instructions, and with those of half speed."""
 
 PART = 1 << 22
 """Numbers of a matrix that are widened at a time."""
 
 
-def _slow() -> frozenset[torch.dtype]:
+def _slow() -> dict[torch.dtype, int]:
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    fast = {dtype for dtype, name in known.items() if getattr(torch.ops.mkldnn, name, lambda: True)()}
-    return frozenset(known) - fast
+    found = {dtype: WITHOUT for dtype, name in known.items() if not getattr(torch.ops.mkldnn, name, lambda: True)()}
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    if can.get("avx512_bf16") and not can.get("amx_bf16") and "Intel" in can.get("cpu_name", ""):
+        found.setdefault(torch.bfloat16, HALF_SPEED)
+    return found
 
 
 SLOW = _slow()
-"""The dtypes that this processor cannot multiply by itself."""
+"""The dtypes that this processor multiplies slower than float32, and from how many rows float32 is worth it."""
 
 
 class Dense(nn.Linear):
@@ -50,10 +55,10 @@ class Dense(nn.Linear):
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x w' + b, [..., I] to [..., O], in x's dtype, or autocast's."""
-    if not SLOW or x.device.type != "cpu" or x.numel() < MANY * x.shape[-1]:
+    if not SLOW or x.device.type != "cpu":
         return F.linear(x, weight_OI, bias_O)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype not in SLOW:
+    if dtype not in SLOW or x.numel() < SLOW[dtype] * x.shape[-1]:
         return F.linear(x, weight_OI, bias_O)
     with torch.autocast("cpu", enabled=False):
         return widened(x, weight_OI, bias_O, dtype)

@@ -87,13 +87,15 @@ class LaidOutLinear(Direct):
 
 
 class NativeRMSNorm(Direct):
-    """RMS norm of few tokens in one call; `inner` norms many."""
+    """RMS norm of few tokens in one call; `inner` norms many, and its parameters have the dtype of the stream."""
+
+    weight: Tensor
 
     def __init__(self, norm: RMSNorm, inner: nn.Module) -> None:
         super().__init__()
         self.inner, self.eps, self.few = inner, norm.eps, FEW_TOKENS * len(norm.weight)
-        self.weight = nn.Parameter(norm.weight.detach().float() + norm.offset, requires_grad=False)
-        vars(self).update(self._parameters, **self._modules)
+        self.register_buffer("weight", norm.weight.detach().float() + norm.offset, persistent=False)
+        vars(self).update(self._buffers, **self._modules)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x) if x.numel() > self.few else native.rms_norm(x, self.weight, self.eps)

@@ -2,8 +2,8 @@
 
 The decoder stays the same; only its modules are exchanged. Results are the same bits as those of the modules they
 stand for, up to a matrix product's order of summation; only compiled functions (`compiled.py`) round what is multiplied
-with packed matrices to fixed point, as `native.c` says. Where the processor has no instructions for half precision,
-blocks can be made `wide`: see `wide.py`.
+with packed matrices to fixed point, as `native.c` says. Where the processor is slow in half precision, blocks can be
+made `wide`: see `wide.py`.
 
 Shapes: O outputs, I inputs.
 """

@@ -1,4 +1,4 @@
-"""Half-precision weights in a float32 stream, for processors without instructions for half precision.
+"""Half-precision weights in a float32 stream, for processors that are slow in half precision.
 
 The residual stream and the caches are float32, and weights stay as small as they are.
 
@@ -68,7 +68,7 @@ class HalfLinear(Direct):
 
 
 def may_widen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a float32 stream is the faster one: a CPU that cannot multiply `dtype`, but compiled functions can."""
+    """Whether a float32 stream is the faster one: a CPU slow in `dtype`, with compiled functions."""
     return device.type == "cpu" and dtype in SLOW and dtype in HALVES and library() is not None
 
 

@@ -22,7 +22,7 @@ from layerwise.stack.decoder import DecoderStack
 def prepared(stack: DecoderStack) -> DecoderStack:
     """A stack that computes the same from weights laid out anew; one that is streamed from disk is left as it is.
 
-    Where the processor has no instructions for the weights' dtype, the new stack computes in float32, and so its spec
+    Where the processor is slow in the weights' dtype, the new stack computes in float32, and so its spec
     says. Blocks that are swapped in count, hooks do not. Memory of mapped files is let go as they are laid out; other
     weights are held twice while `stack` lives as well.
     """

@@ -160,10 +160,10 @@ def _judged(student: DecoderStack, held: Teacher, like: DecoderStack | None = No
 
 
 def _half(stack: DecoderStack) -> torch.autocast:
-    """Half precision where the stack is in it, unless this processor would only emulate it."""
+    """Half precision where the stack is in it, unless this processor is slow in it."""
     dtype = stack.dtype if stack.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    emulated = stack.device.type == "cpu" and dtype in SLOW
-    return torch.autocast(stack.device.type, dtype=dtype, enabled=stack.dtype != torch.float32 and not emulated)
+    slow = stack.device.type == "cpu" and dtype in SLOW
+    return torch.autocast(stack.device.type, dtype=dtype, enabled=stack.dtype != torch.float32 and not slow)
 
 
 def _trainable(student: DecoderStack) -> list[torch.nn.Parameter]:

@@ -104,7 +104,7 @@ def test_norms_are_the_norm(tokens: int, dtype: torch.dtype) -> None:
 WIDE = may_widen(torch.device("cpu"), torch.bfloat16)
 
 
-@pytest.mark.skipif(not WIDE, reason="this processor multiplies bfloat16")
+@pytest.mark.skipif(not WIDE, reason="this processor is fast in bfloat16")
 def test_a_wide_stream_keeps_the_weights_small_and_is_nearer_to_float32() -> None:
     stack = random_stack(3, dtype="bfloat16")
     fast = prepared(stack)

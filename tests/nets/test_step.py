@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import layerwise as lw
+from layerwise.nets import wide
 from layerwise.nets.compiled import library
 from layerwise.nets.prepared import DirectBlock
 from layerwise.nets.wide import may_widen
@@ -76,8 +77,12 @@ def test_matrices_that_read_the_same_may_be_stored_differently() -> None:
         done.tokens for done in parts.generate(PROMPTS, GREEDY)]
 
 
-def test_half_precision() -> None:
+@pytest.mark.parametrize("slow", [False, True])
+def test_half_precision(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the stream stays in half precision, with norms of float32 in it."""
+    monkeypatch.setattr(wide, "SLOW", {torch.bfloat16: 8} if slow else {})
     engine = lw.Engine(packed(dtype="bfloat16"), cache_tokens=512)
+    assert engine.stack.dtype == (torch.float32 if slow else torch.bfloat16)
     assert all(steps(engine))
     assert all(len(done.tokens) == 12 for done in engine.generate(PROMPTS, GREEDY))
 
@@ -94,7 +99,7 @@ def test_other_blocks_go_part_by_part(row: LayerSpec) -> None:
         done.tokens for done in plain.generate(PROMPTS, GREEDY)]
 
 
-@pytest.mark.skipif(not may_widen(torch.device("cpu"), torch.bfloat16), reason="this processor multiplies bfloat16")
+@pytest.mark.skipif(not may_widen(torch.device("cpu"), torch.bfloat16), reason="this processor is fast in bfloat16")
 @pytest.mark.parametrize("matrices", [(), ("k", "gate", "o")], ids=["none", "some"])
 def test_dense_matrices_of_half_precision_are_read_as_they_are(matrices: tuple[str, ...]) -> None:
     stack = packed(dtype="bfloat16", matrices=matrices)
