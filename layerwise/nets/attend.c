@@ -8,7 +8,7 @@
 
 #include <omp.h>
 
-enum { WIDEST = 512 };
+enum { WIDEST = 512, HEADS_AT_ONCE = 4, CUT = 4 * MANY, AHEAD = 16 };
 
 /* to = x normed by `weight`, if any, and turned by the angles of one token; x and to hold `width` numbers. */
 INLINE void turn(const Shape *a, const void *x, int64_t at, const float *weight, float eps, const void *cos,
@@ -27,50 +27,95 @@ INLINE void turn(const Shape *a, const void *x, int64_t at, const float *weight,
     for (int64_t i = turning; i < a->width; i++) to[i] = plain[i];
 }
 
-/* One head of one token; `logits` has room for all slots of its sequence. */
-INLINE void head(const Shape *a, const Places *p, const float *q, const void *k, const void *v, int64_t token,
-                 int64_t kv_head, float *logits, void *out, int64_t out_at, int64_t width, int half) {
-    const int64_t row = p->row[token], end = p->place[token] + 1, block = a->block;
-    int64_t start = p->first[row] * block;
+/* The logits of `count` heads with the slots from `start` to `end`; of a head they lie `longest` apart. */
+INLINE void logits_of(const Shape *a, const int64_t *table, const float *q, const void *k, int64_t kv_head, int count,
+                      int64_t start, int64_t end, float *logits, int64_t longest, int64_t width, int half) {
+    for (int64_t s = start, some; s < end; s += some) { /* block by block */
+        const int64_t in = s % a->block;
+        some = a->block - in < end - s ? a->block - in : end - s;
+        int64_t at = (kv_head * a->slots + table[s / a->block] * a->block + in) * width;
+        for (int64_t j = s - start; j < s - start + some; j++, at += width) {
+            many sum[HEADS_AT_ONCE] = {{0}};
+            for (int64_t i = 0; i < width; i += MANY) {
+                __builtin_prefetch((const char *)k + (at + AHEAD * width + i) * (half ? 2 : 4));
+                const many key = get_many(k, at + i, half);
+#pragma GCC unroll 4
+                for (int h = 0; h < count; h++) sum[h] = plus_product(sum[h], load_many(q + h * width + i), key);
+            }
+#pragma GCC unroll 4
+            for (int h = 0; h < count; h++) logits[h * longest + j] = sum_of_many(sum[h]) * a->scale;
+        }
+    }
+}
+
+/* The logits of one head to weights; gives what they sum up to. */
+static float weights_of(float *logits, int64_t slots, float softcap) {
+    float most = -INFINITY, total = 0;
+    for (int64_t j = 0; j < slots; j++) {
+        if (softcap != 0) logits[j] = softcap * tanhf(logits[j] / softcap);
+        most = logits[j] > most ? logits[j] : most;
+    }
+    for (int64_t j = 0; j < slots; j += MANY) {
+        const int64_t some = slots - j < MANY ? slots - j : MANY;
+        many weight = {0};
+        memcpy(&weight, logits + j, some * sizeof *logits);
+        weight = exp_of(weight - most);
+        memcpy(logits + j, &weight, some * sizeof *logits);
+        for (int i = 0; i < some; i++) total += weight[i];
+    }
+    return total;
+}
+
+/* What `count` heads read of the channels from `first` on, `vectors` times MANY of them. */
+INLINE void values_of(const Shape *a, const int64_t *table, const float *weights, const void *v, int64_t kv_head,
+                      int count, int64_t start, int64_t end, int64_t longest, int64_t first, int vectors,
+                      many sum[HEADS_AT_ONCE][CUT / MANY], int half) {
+    for (int64_t s = start, some; s < end; s += some) {
+        const int64_t in = s % a->block;
+        some = a->block - in < end - s ? a->block - in : end - s;
+        int64_t at = (kv_head * a->slots + table[s / a->block] * a->block + in) * a->width + first;
+        for (int64_t j = s - start; j < s - start + some; j++, at += a->width)
+#pragma GCC unroll 4
+            for (int i = 0; i < vectors; i++) {
+                __builtin_prefetch((const char *)v + (at + AHEAD * a->width + i * MANY) * (half ? 2 : 4));
+                const many value = get_many(v, at + i * MANY, half);
+#pragma GCC unroll 4
+                for (int h = 0; h < count; h++)
+                    sum[h][i] = plus_product(sum[h][i], (many){0} + weights[h * longest + j], value);
+            }
+    }
+}
+
+/* `count` heads of one token that read the same keys; `logits` has room for all slots of its sequence for each. */
+INLINE void heads_of(const Shape *a, const Places *p, const float *q, const void *k, const void *v, int64_t token,
+                     int64_t kv_head, int count, float *logits, int64_t longest, void *out, int64_t out_at,
+                     int64_t width, int half) {
+    const int64_t row = p->row[token], end = p->place[token] + 1;
+    int64_t start = p->first[row] * a->block;
     if (a->window && end - a->window > start) start = end - a->window;
     const int64_t *table = p->table + row * p->columns - p->first[row];
-    float most = -INFINITY, total = 0;
-    for (int64_t s = start, some; s < end; s += some) { /* block by block */
-        const int64_t in = s % block;
-        some = block - in < end - s ? block - in : end - s;
-        int64_t at = (kv_head * a->slots + table[s / block] * block + in) * width;
-        for (int64_t j = s - start; j < s - start + some; j++, at += width) {
-            floats sum[2] = {{0}};
-            for (int64_t i = 0; i < width; i += 2 * LANES) {
-                sum[0] += load_floats(q + i) * get_four(k, at + i, half);
-                sum[1] += load_floats(q + i + LANES) * get_four(k, at + i + LANES, half);
-            }
-            float logit = sum_of(sum[0] + sum[1]) * a->scale;
-            if (a->softcap != 0) logit = a->softcap * tanhf(logit / a->softcap);
-            logits[j] = logit;
-            most = logit > most ? logit : most;
-        }
+    float total[HEADS_AT_ONCE];
+    logits_of(a, table, q, k, kv_head, count, start, end, logits, longest, width, half);
+    for (int h = 0; h < count; h++) total[h] = weights_of(logits + h * longest, end - start, a->softcap);
+    for (int64_t first = 0; first < width; first += CUT) {
+        many sum[HEADS_AT_ONCE][CUT / MANY] = {{{0}}};
+        const int vectors = width - first < CUT ? (int)(width - first) / MANY : CUT / MANY;
+        if (vectors == CUT / MANY)
+            values_of(a, table, logits, v, kv_head, count, start, end, longest, first, CUT / MANY, sum, half);
+        else values_of(a, table, logits, v, kv_head, count, start, end, longest, first, vectors, sum, half);
+        for (int h = 0; h < count; h++)
+            for (int i = 0; i < vectors * MANY; i++)
+                put(out, out_at + h * width + first + i, sum[h][i / MANY][i % MANY] / total[h], half);
     }
-    for (int64_t j = 0; j < end - start; j += LANES) {
-        const int64_t some = end - start - j < LANES ? end - start - j : LANES;
-        floats weight = {0};
-        for (int i = 0; i < some; i++) weight[i] = logits[j + i] - most;
-        weight = exp_of(weight);
-        for (int i = 0; i < some; i++) {
-            logits[j + i] = weight[i];
-            total += weight[i];
-        }
-    }
-    floats sum[WIDEST / LANES];
-    for (int64_t i = 0; i < width / LANES; i++) sum[i] = (floats){0};
-    for (int64_t s = start, some; s < end; s += some) {
-        const int64_t in = s % block;
-        some = block - in < end - s ? block - in : end - s;
-        int64_t at = (kv_head * a->slots + table[s / block] * block + in) * width;
-        for (int64_t j = s - start; j < s - start + some; j++, at += width)
-            for (int64_t i = 0; i < width; i += LANES) sum[i / LANES] += logits[j] * get_four(v, at + i, half);
-    }
-    for (int64_t i = 0; i < width; i++) put(out, out_at + i, sum[i / LANES][i % LANES] / total, half);
+}
+
+INLINE void some_heads(const Shape *a, const Places *p, const float *q, const void *k, const void *v, int64_t token,
+                       int64_t kv_head, int count, float *logits, int64_t longest, void *out, int64_t out_at,
+                       int64_t width, int half) {
+    if (count == 1) heads_of(a, p, q, k, v, token, kv_head, 1, logits, longest, out, out_at, width, half);
+    else if (count == 2) heads_of(a, p, q, k, v, token, kv_head, 2, logits, longest, out, out_at, width, half);
+    else if (count == 3) heads_of(a, p, q, k, v, token, kv_head, 3, logits, longest, out, out_at, width, half);
+    else heads_of(a, p, q, k, v, token, kv_head, HEADS_AT_ONCE, logits, longest, out, out_at, width, half);
 }
 
 INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
@@ -79,7 +124,7 @@ INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
     int64_t longest = 0;
     for (int64_t t = 0; t < tokens; t++) longest = p->place[t] >= longest ? p->place[t] + 1 : longest;
     const int64_t queries = tokens * a->heads * width;
-    float *q = malloc((queries + threads * longest) * sizeof *q), turned[WIDEST];
+    float *q = malloc((queries + threads * HEADS_AT_ONCE * longest) * sizeof *q), turned[WIDEST];
     const float *q_norm = norms ? norms->q : NULL, *k_norm = norms ? norms->k : NULL, eps = norms ? norms->eps : 0;
     if (!q) return 1;
     for (int64_t t = 0; t < tokens; t++) {
@@ -94,12 +139,15 @@ INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
             }
         }
     }
+    const int64_t parts = (group + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE, of_token = a->kv_heads * parts;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < tokens * a->heads; i++) {
-        float *logits = q + queries + omp_get_thread_num() * longest;
-        const int64_t token = i / a->heads, kv_head = i % a->heads / group;
-        if (width == 64) head(a, p, q + i * width, k, v, token, kv_head, logits, out, i * width, 64, half);
-        else head(a, p, q + i * width, k, v, token, kv_head, logits, out, i * width, width, half);
+    for (int64_t i = 0; i < tokens * of_token; i++) {
+        float *logits = q + queries + omp_get_thread_num() * HEADS_AT_ONCE * longest;
+        const int64_t token = i / of_token, kv_head = i % of_token / parts, first = i % parts * HEADS_AT_ONCE;
+        const int64_t at = (token * a->heads + kv_head * group + first) * width;
+        const int count = group - first < HEADS_AT_ONCE ? (int)(group - first) : HEADS_AT_ONCE;
+        if (width == 64) some_heads(a, p, q + at, k, v, token, kv_head, count, logits, longest, out, at, 64, half);
+        else some_heads(a, p, q + at, k, v, token, kv_head, count, logits, longest, out, at, width, half);
     }
     free(q);
     return 0;

@@ -2,15 +2,31 @@
 
 #include "native.h"
 
-typedef uint32_t loose_pairs __attribute__((vector_size(32), aligned(2)));
-
-enum { STEP = 2 * MANY, ROWS_AT_ONCE = 4 };
-
-#ifdef __FMA__
-INLINE many plus_product(many sum, many a, many b) { return (many)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum); }
+/* Vectors of `wide` floats. As many sums as there are registers for are kept at once, so that what is loaded is used
+   several times: a row's numbers for some outputs, an output's for some rows. */
+#ifdef __AVX512F__
+enum { WIDE = 16, OUTPUTS_AT_ONCE = 4 };
 #else
-INLINE many plus_product(many sum, many a, many b) { return sum + a * b; }
+enum { WIDE = 8, OUTPUTS_AT_ONCE = 2 };
 #endif
+enum { STEP = 2 * WIDE, ROWS_AT_ONCE = 4 };
+
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef int32_t wide_ints __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t loose_pairs __attribute__((vector_size(4 * WIDE), aligned(2)));
+
+#ifdef __AVX512F__
+INLINE wide plus_wide(wide sum, wide a, wide b) { return (wide)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum); }
+#else
+INLINE wide plus_wide(wide sum, wide a, wide b) { return plus_product(sum, a, b); }
+#endif
+
+INLINE float sum_of_wide(wide x) {
+    many parts[WIDE / MANY];
+    memcpy(parts, &x, sizeof parts);
+    for (int i = 1; i < WIDE / MANY; i++) parts[0] += parts[i];
+    return sum_of_many(parts[0]);
+}
 
 /* The number that 16 bits stand for, exactly. */
 INLINE float half_value(uint16_t bits, int kind) {
@@ -26,49 +42,67 @@ INLINE float half_value(uint16_t bits, int kind) {
     return value;
 }
 
-/* Sixteen numbers of a matrix as floats: those at even places, then those at odd ones. */
-INLINE void load_step(const uint16_t *w, int kind, many *even, many *odd) {
-    const many_ints both = (many_ints)*(const loose_pairs *)w;
+/* One step of a matrix's numbers as floats: those at even places, then those at odd ones. */
+INLINE void load_step(const uint16_t *w, int kind, wide *even, wide *odd) {
+    const wide_ints both = (wide_ints)*(const loose_pairs *)w;
     if (kind == BFLOAT16) {
-        *even = (many)(both << 16);
-        *odd = (many)(both & (int32_t)0xffff0000);
+        *even = (wide)(both << 16);
+        *odd = (wide)(both & (int32_t)0xffff0000);
         return;
     }
-    const many_ints low = both & 0x7fff, high = both >> 16 & 0x7fff;
-    const many scale = (many){0} + 0x1p112f;
-    const many_ints low_sign = (both & 0x8000) << 16, high_sign = both & (int32_t)0x80000000;
-    *even = (many)((many_ints)((many)(low << 13) * scale) | ((low >= 0x7c00) & 0x7f800000) | low_sign);
-    *odd = (many)((many_ints)((many)(high << 13) * scale) | ((high >= 0x7c00) & 0x7f800000) | high_sign);
+    const wide_ints low = both & 0x7fff, high = both >> 16 & 0x7fff;
+    const wide scale = (wide){0} + 0x1p112f;
+    const wide_ints low_sign = (both & 0x8000) << 16, high_sign = both & (int32_t)0x80000000;
+    *even = (wide)((wide_ints)((wide)(low << 13) * scale) | ((low >= 0x7c00) & 0x7f800000) | low_sign);
+    *odd = (wide)((wide_ints)((wide)(high << 13) * scale) | ((high >= 0x7c00) & 0x7f800000) | high_sign);
 }
 
-/* Products of `rows` rows, `inputs` apart, with one output's weights; of every step of x even places stand first. */
-INLINE void dense_output(const uint16_t *w, const float *x, int64_t inputs, int rows, int kind, float *y) {
-    many sum[ROWS_AT_ONCE][2] = {{{0}}};
+/* Products of `rows` rows with the weights of `outputs` outputs; of every step of x even places stand first. */
+INLINE void dense_tile(const uint16_t *w, const float *x, int64_t inputs, int rows, int outputs, int kind,
+                       float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]) {
+    wide sum[ROWS_AT_ONCE][OUTPUTS_AT_ONCE] = {{{0}}};
     int64_t i = 0;
     for (; i + STEP <= inputs; i += STEP) {
-        many even, odd;
-        load_step(w + i, kind, &even, &odd);
+        wide even[OUTPUTS_AT_ONCE], odd[OUTPUTS_AT_ONCE];
+#pragma GCC unroll 4
+        for (int o = 0; o < outputs; o++) {
+            __builtin_prefetch(w + (outputs + o) * inputs + i); /* the next tile: no hardware looks beyond a page */
+            load_step(w + o * inputs + i, kind, &even[o], &odd[o]);
+        }
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++) {
-            many a, b;
+            wide a, b;
             memcpy(&a, x + m * inputs + i, sizeof a);
-            memcpy(&b, x + m * inputs + i + MANY, sizeof b);
-            sum[m][0] = plus_product(sum[m][0], a, even);
-            sum[m][1] = plus_product(sum[m][1], b, odd);
+            memcpy(&b, x + m * inputs + i + WIDE, sizeof b);
+#pragma GCC unroll 4
+            for (int o = 0; o < outputs; o++) sum[m][o] = plus_wide(sum[m][o], a, even[o]);
+#pragma GCC unroll 4
+            for (int o = 0; o < outputs; o++) sum[m][o] = plus_wide(sum[m][o], b, odd[o]);
         }
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < rows; m++) {
-        y[m] = sum_of_many(sum[m][0] + sum[m][1]);
-        for (int64_t j = i; j < inputs; j++) y[m] += x[m * inputs + j] * half_value(w[j], kind);
-    }
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int o = 0; o < outputs; o++) {
+            y[m][o] = sum_of_wide(sum[m][o]);
+            for (int64_t j = i; j < inputs; j++) y[m][o] += x[m * inputs + j] * half_value(w[o * inputs + j], kind);
+        }
 }
 
-INLINE void dense_rows(const uint16_t *w, const float *x, int64_t inputs, int rows, int kind, float *y) {
-    if (rows == 1) dense_output(w, x, inputs, 1, kind, y);
-    else if (rows == 2) dense_output(w, x, inputs, 2, kind, y);
-    else if (rows == 3) dense_output(w, x, inputs, 3, kind, y);
-    else dense_output(w, x, inputs, 4, kind, y);
+INLINE void dense_rows(const uint16_t *w, const float *x, int64_t inputs, int rows, int outputs, int kind,
+                       float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]) {
+    if (rows == 1) dense_tile(w, x, inputs, 1, outputs, kind, y);
+    else if (rows == 2) dense_tile(w, x, inputs, 2, outputs, kind, y);
+    else if (rows == 3) dense_tile(w, x, inputs, 3, outputs, kind, y);
+    else dense_tile(w, x, inputs, ROWS_AT_ONCE, outputs, kind, y);
+}
+
+INLINE void dense_outputs(const uint16_t *w, const float *x, int64_t inputs, int rows, int outputs, int kind,
+                          float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]) {
+    if (outputs == OUTPUTS_AT_ONCE) dense_rows(w, x, inputs, rows, OUTPUTS_AT_ONCE, kind, y);
+    else
+        for (int o = 0; o < outputs; o++)
+            dense_rows(w + o * inputs, x, inputs, rows, 1, kind, (float(*)[OUTPUTS_AT_ONCE])(y[0] + o));
 }
 
 /* x [rows, inputs], y [rows, outputs] with rows `stride` apart, and bias are float32. A row's numbers do not depend on
@@ -84,18 +118,21 @@ int dense_product(const Matrix *matrix, const float *x, int64_t rows, const floa
         float *to = sorted + m * inputs;
         int64_t i = 0;
         for (; i + STEP <= inputs; i += STEP)
-            for (int j = 0; j < STEP; j++) to[i + j / 2 + (j & 1) * MANY] = from[i + j];
+            for (int j = 0; j < STEP; j++) to[i + j / 2 + (j & 1) * WIDE] = from[i + j];
         for (; i < inputs; i++) to[i] = from[i];
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t o = 0; o < outputs; o++)
+    for (int64_t o = 0; o < outputs; o += OUTPUTS_AT_ONCE)
         for (int64_t m = 0; m < rows; m += ROWS_AT_ONCE) {
             const int some = rows - m < ROWS_AT_ONCE ? (int)(rows - m) : ROWS_AT_ONCE;
-            float of_rows[ROWS_AT_ONCE];
+            const int here = outputs - o < OUTPUTS_AT_ONCE ? (int)(outputs - o) : OUTPUTS_AT_ONCE;
+            float of[ROWS_AT_ONCE][OUTPUTS_AT_ONCE];
+            const uint16_t *from = w + o * inputs;
             const float *in = sorted + m * inputs;
-            if (matrix->kind == BFLOAT16) dense_rows(w + o * inputs, in, inputs, some, BFLOAT16, of_rows);
-            else dense_rows(w + o * inputs, in, inputs, some, FLOAT16, of_rows);
-            for (int r = 0; r < some; r++) y[(m + r) * stride + o] = of_rows[r] + (bias ? bias[o] : 0);
+            if (matrix->kind == BFLOAT16) dense_outputs(from, in, inputs, some, here, BFLOAT16, of);
+            else dense_outputs(from, in, inputs, some, here, FLOAT16, of);
+            for (int r = 0; r < some; r++)
+                for (int j = 0; j < here; j++) y[(m + r) * stride + o + j] = of[r][j] + (bias ? bias[o + j] : 0);
         }
     free(sorted);
     return 0;

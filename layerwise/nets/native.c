@@ -241,20 +241,20 @@ void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, f
 }
 
 /* silu x = x / (1 + exp -x); gelu x = x / (1 + exp -2u), where u = sqrt(2 / pi) (x + 0.044715 x^3). */
-INLINE floats activated(floats x, int activation) {
-    const floats power = activation == SILU ? x : x * (1.59576912f + 0.0713548162f * x * x);
+INLINE many activated(many x, int activation) {
+    const many power = activation == SILU ? x : x * (1.59576912f + 0.0713548162f * x * x);
     return x / (1.0f + exp_of(-power));
 }
 
 INLINE void gate_in(const void *x, int64_t rows, int64_t width, void *y, int activation, int half) {
     for (int64_t m = 0; m < rows; m++)
-        for (int64_t i = 0; i < width; i += LANES) {
-            const int64_t gate = 2 * m * width + i, up = gate + width, count = width - i < LANES ? width - i : LANES;
-            floats g = {0}, u = {0};
-            if (count == LANES) g = get_four(x, gate, half), u = get_four(x, up, half);
+        for (int64_t i = 0; i < width; i += MANY) {
+            const int64_t gate = 2 * m * width + i, up = gate + width, count = width - i < MANY ? width - i : MANY;
+            many g = {0}, u = {0};
+            if (count == MANY) g = get_many(x, gate, half), u = get_many(x, up, half);
             else
                 for (int j = 0; j < count; j++) g[j] = get(x, gate + j, half), u[j] = get(x, up + j, half);
-            const floats product = activated(g, activation) * u;
+            const many product = activated(g, activation) * u;
             for (int j = 0; j < count; j++) put(y, m * width + i + j, product[j], half);
         }
 }

@@ -61,6 +61,12 @@ INLINE many load_many_bf16(const bf16 *from) {
     return (many)(__builtin_convertvector(*(const loose_many_bf16 *)from, many_ints) << 16);
 }
 
+INLINE many load_many(const float *from) { return *(const loose_many *)from; }
+
+INLINE many get_many(const void *x, int64_t i, int half) {
+    return half ? load_many_bf16((const bf16 *)x + i) : load_many((const float *)x + i);
+}
+
 INLINE float sum_of(floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 
 INLINE float sum_of_many(many x) {
@@ -68,20 +74,29 @@ INLINE float sum_of_many(many x) {
     return sum_of(halves[0] + halves[1]);
 }
 
+/* sum + a * b, rounded once where the processor can. */
+INLINE many plus_product(many sum, many a, many b) {
+#ifdef __FMA__
+    return (many)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 /* exp x, its relative error below 3e-7; 0 or infinity where float32 has no number for it. */
-INLINE floats exp_of(floats x) {
-    const ints low = x < -87.3f, high = x > 88.7f;
-    const floats turns = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* to the nearest whole number */
-    const floats r = x - turns * 0.693359375f + turns * 2.12194440e-4f;
-    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+INLINE many exp_of(many x) {
+    const many_ints low = x < -87.3f, high = x > 88.7f;
+    const many turns = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* to the nearest whole number */
+    const many r = x - turns * 0.693359375f + turns * 2.12194440e-4f;
+    many p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const ints two_to = (__builtin_convertvector(turns, ints) + 127) << 23;
-    const floats value = p * (floats)two_to;
-    return (floats)(((ints)value & ~low & ~high) | (high & 0x7f800000));
+    const many_ints two_to = (__builtin_convertvector(turns, many_ints) + 127) << 23;
+    const many value = p * (many)two_to;
+    return (many)(((many_ints)value & ~low & ~high) | (high & 0x7f800000));
 }
 
 enum { NIBBLES = 4, BYTES = 8, SIGNED_BYTES = -8, BFLOAT16 = 16, FLOAT16 = -16 };
