@@ -27,23 +27,40 @@ INLINE void turn(const Shape *a, const void *x, int64_t at, const float *weight,
     for (int64_t i = turning; i < a->width; i++) to[i] = plain[i];
 }
 
+/* What the numbers of each of MANY vectors sum up to. */
+INLINE many sums_of(const many x[MANY]) {
+#ifdef __AVX__
+    __m256 pairs[MANY / 2], fours[2];
+    for (int i = 0; i < MANY / 2; i++) pairs[i] = _mm256_hadd_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
+    for (int i = 0; i < 2; i++) fours[i] = _mm256_hadd_ps(pairs[2 * i], pairs[2 * i + 1]);
+    return (many)_mm256_permute2f128_ps(fours[0], fours[1], 0x20) +
+           (many)_mm256_permute2f128_ps(fours[0], fours[1], 0x31);
+#else
+    many sums;
+    for (int i = 0; i < MANY; i++) sums[i] = sum_of_many(x[i]);
+    return sums;
+#endif
+}
+
 /* The logits of `count` heads with the slots from `start` to `end`; of a head they lie `longest` apart. */
 INLINE void logits_of(const Shape *a, const int64_t *table, const float *q, const void *k, int64_t kv_head, int count,
                       int64_t start, int64_t end, float *logits, int64_t longest, int64_t width, int half) {
-    for (int64_t s = start, some; s < end; s += some) { /* block by block */
-        const int64_t in = s % a->block;
-        some = a->block - in < end - s ? a->block - in : end - s;
-        int64_t at = (kv_head * a->slots + table[s / a->block] * a->block + in) * width;
-        for (int64_t j = s - start; j < s - start + some; j++, at += width) {
-            many sum[HEADS_AT_ONCE] = {{0}};
-            for (int64_t i = 0; i < width; i += MANY) {
-                __builtin_prefetch((const char *)k + (at + AHEAD * width + i) * (half ? 2 : 4));
-                const many key = get_many(k, at + i, half);
-#pragma GCC unroll 4
-                for (int h = 0; h < count; h++) sum[h] = plus_product(sum[h], load_many(q + h * width + i), key);
+    for (int64_t s = start, some; s < end; s += some) { /* within a block */
+        const int64_t in = s % a->block, left = a->block - in < end - s ? a->block - in : end - s;
+        const int64_t at = (kv_head * a->slots + table[s / a->block] * a->block + in) * width;
+        some = left < MANY ? left : MANY;
+        for (int h = 0; h < count; h++) {
+            many sum[MANY] = {{0}};
+            for (int64_t j = 0; j < some; j++) {
+                many one = {0};
+                for (int64_t i = 0; i < width; i += MANY) {
+                    if (h == 0) __builtin_prefetch((const char *)k + (at + (j + AHEAD) * width + i) * (half ? 2 : 4));
+                    one = plus_product(one, load_many(q + h * width + i), get_many(k, at + j * width + i, half));
+                }
+                sum[j] = one;
             }
-#pragma GCC unroll 4
-            for (int h = 0; h < count; h++) logits[h * longest + j] = sum_of_many(sum[h]) * a->scale;
+            const many found = sums_of(sum) * a->scale;
+            memcpy(logits + h * longest + s - start, &found, some * sizeof *logits);
         }
     }
 }
@@ -55,15 +72,19 @@ static float weights_of(float *logits, int64_t slots, float softcap) {
         if (softcap != 0) logits[j] = softcap * tanhf(logits[j] / softcap);
         most = logits[j] > most ? logits[j] : most;
     }
-    for (int64_t j = 0; j < slots; j += MANY) {
-        const int64_t some = slots - j < MANY ? slots - j : MANY;
-        many weight = {0};
-        memcpy(&weight, logits + j, some * sizeof *logits);
-        weight = exp_of(weight - most);
-        memcpy(logits + j, &weight, some * sizeof *logits);
-        for (int i = 0; i < some; i++) total += weight[i];
+    int64_t j = 0;
+    many sum = {0};
+    for (; j + MANY <= slots; j += MANY) {
+        const many weight = exp_of(load_many(logits + j) - most);
+        memcpy(logits + j, &weight, sizeof weight);
+        sum += weight;
     }
-    return total;
+    many rest = {0};
+    memcpy(&rest, logits + j, (slots - j) * sizeof *logits);
+    rest = exp_of(rest - most);
+    memcpy(logits + j, &rest, (slots - j) * sizeof *logits);
+    for (int i = 0; i < slots - j; i++) total += rest[i];
+    return total + sum_of_many(sum);
 }
 
 /* What `count` heads read of the channels from `first` on, `vectors` times MANY of them. */
@@ -140,10 +161,11 @@ INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
         }
     }
     const int64_t parts = (group + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE, of_token = a->kv_heads * parts;
+    /* A head of all tokens before the next head: sequences with a common prefix share its slots. */
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < tokens * of_token; i++) {
         float *logits = q + queries + omp_get_thread_num() * HEADS_AT_ONCE * longest;
-        const int64_t token = i / of_token, kv_head = i % of_token / parts, first = i % parts * HEADS_AT_ONCE;
+        const int64_t token = i % tokens, part = i / tokens, kv_head = part / parts, first = part % parts * HEADS_AT_ONCE;
         const int64_t at = (token * a->heads + kv_head * group + first) * width;
         const int count = group - first < HEADS_AT_ONCE ? (int)(group - first) : HEADS_AT_ONCE;
         if (width == 64) some_heads(a, p, q + at, k, v, token, kv_head, count, logits, longest, out, at, 64, half);

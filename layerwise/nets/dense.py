@@ -11,7 +11,7 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ PART = 1 << 22
 def _slow() -> dict[torch.dtype, int]:
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     found = {dtype: WITHOUT for dtype, name in known.items() if not getattr(torch.ops.mkldnn, name, lambda: True)()}
-    can = getattr(torch.cpu, "get_capabilities", dict)()
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if can.get("avx512_bf16") and not can.get("amx_bf16") and "Intel" in can.get("cpu_name", ""):
         found.setdefault(torch.bfloat16, HALF_SPEED)
     return found
