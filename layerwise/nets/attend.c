@@ -8,7 +8,25 @@
 
 #include <omp.h>
 
+/* Channels of a head at most, heads that read a key together, channels of values summed at a time, and how many slots
+   ahead keys and values are fetched. */
 enum { WIDEST = 512, HEADS_AT_ONCE = 4, CUT = 4 * MANY, AHEAD = 16 };
+
+/* The slots that a token's heads see of the keys of one head, and room for as many logits of every head. */
+typedef struct {
+    const Shape *shape;
+    const int64_t *table;
+    int64_t kv_head, start, end, room;
+    float *logits;
+} Seen;
+
+/* How many slots from `s` on lie one behind the other, at most those seen, and where in the pool the first one lies. */
+INLINE int64_t run_of(const Seen *seen, int64_t s, int64_t width, int64_t *at) {
+    const Shape *a = seen->shape;
+    const int64_t in = s % a->block, left = a->block - in;
+    *at = (seen->kv_head * a->slots + seen->table[s / a->block] * a->block + in) * width;
+    return left < seen->end - s ? left : seen->end - s;
+}
 
 /* to = x normed by `weight`, if any, and turned by the angles of one token; x and to hold `width` numbers. */
 INLINE void turn(const Shape *a, const void *x, int64_t at, const float *weight, float eps, const void *cos,
@@ -42,101 +60,95 @@ INLINE many sums_of(const many x[MANY]) {
 #endif
 }
 
-/* The logits of `count` heads with the slots from `start` to `end`; of a head they lie `longest` apart. */
-INLINE void logits_of(const Shape *a, const int64_t *table, const float *q, const void *k, int64_t kv_head, int count,
-                      int64_t start, int64_t end, float *logits, int64_t longest, int64_t width, int half) {
-    for (int64_t s = start, some; s < end; s += some) { /* within a block */
-        const int64_t in = s % a->block, left = a->block - in < end - s ? a->block - in : end - s;
-        const int64_t at = (kv_head * a->slots + table[s / a->block] * a->block + in) * width;
-        some = left < MANY ? left : MANY;
+/* The logits of `count` heads. */
+INLINE void logits_of(const Seen *seen, const float *q, const void *k, int count, int64_t width, int half) {
+    for (int64_t s = seen->start, some, at; s < seen->end; s += some) {
+        some = run_of(seen, s, width, &at);
+        some = some < MANY ? some : MANY;
         for (int h = 0; h < count; h++) {
             many sum[MANY] = {{0}};
             for (int64_t j = 0; j < some; j++) {
                 many one = {0};
                 for (int64_t i = 0; i < width; i += MANY) {
-                    if (h == 0) __builtin_prefetch((const char *)k + (at + (j + AHEAD) * width + i) * (half ? 2 : 4));
+                    if (h == 0) fetch(k, at + (j + AHEAD) * width + i, half);
                     one = plus_product(one, load_many(q + h * width + i), get_many(k, at + j * width + i, half));
                 }
                 sum[j] = one;
             }
-            const many found = sums_of(sum) * a->scale;
-            memcpy(logits + h * longest + s - start, &found, some * sizeof *logits);
+            const many found = sums_of(sum) * seen->shape->scale;
+            memcpy(seen->logits + h * seen->room + s - seen->start, &found, some * sizeof(float));
         }
     }
 }
 
-/* The logits of one head to weights; gives what they sum up to. */
+/* The logits of one head to weights; gives what they sum up to. There is room for whole vectors. */
 static float weights_of(float *logits, int64_t slots, float softcap) {
-    float most = -INFINITY, total = 0;
+    float most = -INFINITY;
     for (int64_t j = 0; j < slots; j++) {
         if (softcap != 0) logits[j] = softcap * tanhf(logits[j] / softcap);
         most = logits[j] > most ? logits[j] : most;
     }
-    int64_t j = 0;
+    for (int64_t j = slots; j % MANY; j++) logits[j] = -INFINITY;
     many sum = {0};
-    for (; j + MANY <= slots; j += MANY) {
+    for (int64_t j = 0; j < slots; j += MANY) {
         const many weight = exp_of(load_many(logits + j) - most);
         memcpy(logits + j, &weight, sizeof weight);
         sum += weight;
     }
-    many rest = {0};
-    memcpy(&rest, logits + j, (slots - j) * sizeof *logits);
-    rest = exp_of(rest - most);
-    memcpy(logits + j, &rest, (slots - j) * sizeof *logits);
-    for (int i = 0; i < slots - j; i++) total += rest[i];
-    return total + sum_of_many(sum);
+    return sum_of_many(sum);
 }
 
 /* What `count` heads read of the channels from `first` on, `vectors` times MANY of them. */
-INLINE void values_of(const Shape *a, const int64_t *table, const float *weights, const void *v, int64_t kv_head,
-                      int count, int64_t start, int64_t end, int64_t longest, int64_t first, int vectors,
-                      many sum[HEADS_AT_ONCE][CUT / MANY], int half) {
-    for (int64_t s = start, some; s < end; s += some) {
-        const int64_t in = s % a->block;
-        some = a->block - in < end - s ? a->block - in : end - s;
-        int64_t at = (kv_head * a->slots + table[s / a->block] * a->block + in) * a->width + first;
-        for (int64_t j = s - start; j < s - start + some; j++, at += a->width)
+INLINE void values_of(const Seen *seen, const void *v, int count, int64_t first, int vectors,
+                      many sum[HEADS_AT_ONCE][CUT / MANY], int64_t width, int half) {
+    for (int64_t s = seen->start, some, at; s < seen->end; s += some) {
+        some = run_of(seen, s, width, &at);
+        at += first;
+        const float *weights = seen->logits + s - seen->start;
+        for (int64_t j = 0; j < some; j++, at += width)
 #pragma GCC unroll 4
             for (int i = 0; i < vectors; i++) {
-                __builtin_prefetch((const char *)v + (at + AHEAD * a->width + i * MANY) * (half ? 2 : 4));
+                fetch(v, at + AHEAD * width + i * MANY, half);
                 const many value = get_many(v, at + i * MANY, half);
 #pragma GCC unroll 4
                 for (int h = 0; h < count; h++)
-                    sum[h][i] = plus_product(sum[h][i], (many){0} + weights[h * longest + j], value);
+                    sum[h][i] = plus_product(sum[h][i], (many){0} + weights[h * seen->room + j], value);
             }
     }
 }
 
-/* `count` heads of one token that read the same keys; `logits` has room for all slots of its sequence for each. */
-INLINE void heads_of(const Shape *a, const Places *p, const float *q, const void *k, const void *v, int64_t token,
-                     int64_t kv_head, int count, float *logits, int64_t longest, void *out, int64_t out_at,
-                     int64_t width, int half) {
-    const int64_t row = p->row[token], end = p->place[token] + 1;
-    int64_t start = p->first[row] * a->block;
-    if (a->window && end - a->window > start) start = end - a->window;
-    const int64_t *table = p->table + row * p->columns - p->first[row];
+/* `count` heads of one token that read the same keys. */
+INLINE void heads_of(const Seen *seen, const float *q, const void *k, const void *v, int count, void *out,
+                     int64_t out_at, int64_t width, int half) {
     float total[HEADS_AT_ONCE];
-    logits_of(a, table, q, k, kv_head, count, start, end, logits, longest, width, half);
-    for (int h = 0; h < count; h++) total[h] = weights_of(logits + h * longest, end - start, a->softcap);
+    logits_of(seen, q, k, count, width, half);
+    for (int h = 0; h < count; h++)
+        total[h] = weights_of(seen->logits + h * seen->room, seen->end - seen->start, seen->shape->softcap);
     for (int64_t first = 0; first < width; first += CUT) {
         many sum[HEADS_AT_ONCE][CUT / MANY] = {{{0}}};
         const int vectors = width - first < CUT ? (int)(width - first) / MANY : CUT / MANY;
-        if (vectors == CUT / MANY)
-            values_of(a, table, logits, v, kv_head, count, start, end, longest, first, CUT / MANY, sum, half);
-        else values_of(a, table, logits, v, kv_head, count, start, end, longest, first, vectors, sum, half);
+        if (vectors == CUT / MANY) values_of(seen, v, count, first, CUT / MANY, sum, width, half);
+        else values_of(seen, v, count, first, vectors, sum, width, half);
         for (int h = 0; h < count; h++)
             for (int i = 0; i < vectors * MANY; i++)
                 put(out, out_at + h * width + first + i, sum[h][i / MANY][i % MANY] / total[h], half);
     }
 }
 
-INLINE void some_heads(const Shape *a, const Places *p, const float *q, const void *k, const void *v, int64_t token,
-                       int64_t kv_head, int count, float *logits, int64_t longest, void *out, int64_t out_at,
-                       int64_t width, int half) {
-    if (count == 1) heads_of(a, p, q, k, v, token, kv_head, 1, logits, longest, out, out_at, width, half);
-    else if (count == 2) heads_of(a, p, q, k, v, token, kv_head, 2, logits, longest, out, out_at, width, half);
-    else if (count == 3) heads_of(a, p, q, k, v, token, kv_head, 3, logits, longest, out, out_at, width, half);
-    else heads_of(a, p, q, k, v, token, kv_head, HEADS_AT_ONCE, logits, longest, out, out_at, width, half);
+/* The same; `count` is a constant where it is used. */
+INLINE void some_heads(const Seen *seen, const float *q, const void *k, const void *v, int count, void *out,
+                       int64_t out_at, int64_t width, int half) {
+    if (count == 1) heads_of(seen, q, k, v, 1, out, out_at, width, half);
+    else if (count == 2) heads_of(seen, q, k, v, 2, out, out_at, width, half);
+    else if (count == 3) heads_of(seen, q, k, v, 3, out, out_at, width, half);
+    else heads_of(seen, q, k, v, HEADS_AT_ONCE, out, out_at, width, half);
+}
+
+/* What a token sees with the heads that read `kv_head`. */
+INLINE Seen seen_by(const Shape *a, const Places *p, int64_t token, int64_t kv_head, int64_t room, float *logits) {
+    const int64_t row = p->row[token], end = p->place[token] + 1, kept = p->first[row] * a->block;
+    const int64_t start = a->window && end - a->window > kept ? end - a->window : kept;
+    return (Seen){a, p->table + row * p->columns - p->first[row], kv_head, start, end, room, logits};
 }
 
 INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
@@ -144,8 +156,8 @@ INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
     const int64_t width = a->width, all = a->heads + 2 * a->kv_heads, group = a->heads / a->kv_heads;
     int64_t longest = 0;
     for (int64_t t = 0; t < tokens; t++) longest = p->place[t] >= longest ? p->place[t] + 1 : longest;
-    const int64_t queries = tokens * a->heads * width;
-    float *q = malloc((queries + threads * HEADS_AT_ONCE * longest) * sizeof *q), turned[WIDEST];
+    const int64_t queries = tokens * a->heads * width, room = (longest + MANY - 1) / MANY * MANY;
+    float *q = malloc((queries + threads * HEADS_AT_ONCE * room) * sizeof *q), turned[WIDEST];
     const float *q_norm = norms ? norms->q : NULL, *k_norm = norms ? norms->k : NULL, eps = norms ? norms->eps : 0;
     if (!q) return 1;
     for (int64_t t = 0; t < tokens; t++) {
@@ -164,12 +176,14 @@ INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
     /* A head of all tokens before the next head: sequences with a common prefix share its slots. */
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < tokens * of_token; i++) {
-        float *logits = q + queries + omp_get_thread_num() * HEADS_AT_ONCE * longest;
-        const int64_t token = i % tokens, part = i / tokens, kv_head = part / parts, first = part % parts * HEADS_AT_ONCE;
+        float *logits = q + queries + omp_get_thread_num() * HEADS_AT_ONCE * room;
+        const int64_t token = i % tokens, part = i / tokens;
+        const int64_t kv_head = part / parts, first = part % parts * HEADS_AT_ONCE;
         const int64_t at = (token * a->heads + kv_head * group + first) * width;
         const int count = group - first < HEADS_AT_ONCE ? (int)(group - first) : HEADS_AT_ONCE;
-        if (width == 64) some_heads(a, p, q + at, k, v, token, kv_head, count, logits, longest, out, at, 64, half);
-        else some_heads(a, p, q + at, k, v, token, kv_head, count, logits, longest, out, at, width, half);
+        const Seen seen = seen_by(a, p, token, kv_head, room, logits);
+        if (width == 64) some_heads(&seen, q + at, k, v, count, out, at, 64, half);
+        else some_heads(&seen, q + at, k, v, count, out, at, width, half);
     }
     free(q);
     return 0;

@@ -220,14 +220,13 @@ int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y) 
 INLINE void norm_in(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half) {
     for (int64_t m = 0; m < rows; m++) {
         const int64_t row = m * width;
-        floats squares[2] = {{0}};
+        many squares = {0};
         int64_t i = 0;
-        for (; i + 2 * LANES <= width; i += 2 * LANES)
-            for (int j = 0; j < 2; j++) {
-                const floats four = get_four(x, row + i + LANES * j, half);
-                squares[j] += four * four;
-            }
-        float sum = sum_of(squares[0] + squares[1]);
+        for (; i + MANY <= width; i += MANY) {
+            const many some = get_many(x, row + i, half);
+            squares += some * some;
+        }
+        float sum = sum_of_many(squares);
         for (; i < width; i++) sum += get(x, row + i, half) * get(x, row + i, half);
         const float inverse = 1 / sqrtf(sum / (float)width + eps);
         for (i = 0; i < width; i++) put(y, row + i, get(x, row + i, half) * inverse * weight[i], half);

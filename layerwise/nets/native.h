@@ -1,5 +1,4 @@
-/* What the compiled functions share: vectors of four and of eight numbers, and numbers that come and go as float32 or
-   bfloat16. */
+/* What the compiled functions share: vectors of eight numbers, and numbers that come and go as float32 or bfloat16. */
 
 #ifdef __SSE__
 #include <immintrin.h>
@@ -10,25 +9,15 @@
 #include <string.h>
 
 typedef uint16_t bf16;
-typedef int32_t ints __attribute__((vector_size(16)));
-typedef float floats __attribute__((vector_size(16)));
-typedef uint16_t loose_bf16 __attribute__((vector_size(8), aligned(2)));
-typedef float loose_floats __attribute__((vector_size(16), aligned(4)));
-
 typedef float many __attribute__((vector_size(32)));
 typedef float loose_many __attribute__((vector_size(32), aligned(4)));
 typedef int32_t many_ints __attribute__((vector_size(32)));
 typedef uint16_t loose_many_bf16 __attribute__((vector_size(16), aligned(2)));
 
-enum { LANES = 4, MANY = 8, LINE = 64 };
+enum { MANY = 8, LINE = 64 };
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE size_t lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
-
-INLINE floats load_floats(const float *from) { return *(const loose_floats *)from; }
-INLINE floats load_bf16(const bf16 *from) {
-    return (floats)(__builtin_convertvector(*(const loose_bf16 *)from, ints) << 16);
-}
 
 INLINE float widened(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -48,10 +37,6 @@ INLINE float get(const void *x, int64_t i, int half) {
     return half ? widened(((const bf16 *)x)[i]) : ((const float *)x)[i];
 }
 
-INLINE floats get_four(const void *x, int64_t i, int half) {
-    return half ? load_bf16((const bf16 *)x + i) : load_floats((const float *)x + i);
-}
-
 INLINE void put(void *y, int64_t i, float value, int half) {
     if (half) ((bf16 *)y)[i] = narrowed(value);
     else ((float *)y)[i] = value;
@@ -67,11 +52,11 @@ INLINE many get_many(const void *x, int64_t i, int half) {
     return half ? load_many_bf16((const bf16 *)x + i) : load_many((const float *)x + i);
 }
 
-INLINE float sum_of(floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+/* Number i of x on its way into the cache; i may lie beyond the end. */
+INLINE void fetch(const void *x, int64_t i, int half) { __builtin_prefetch((const char *)x + i * (half ? 2 : 4)); }
 
 INLINE float sum_of_many(many x) {
-    const floats halves[2] = {{x[0], x[1], x[2], x[3]}, {x[4], x[5], x[6], x[7]}};
-    return sum_of(halves[0] + halves[1]);
+    return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
 }
 
 /* sum + a * b, rounded once where the processor can. */

@@ -22,9 +22,9 @@ from layerwise.stack.decoder import DecoderStack
 def prepared(stack: DecoderStack) -> DecoderStack:
     """A stack that computes the same from weights laid out anew; one that is streamed from disk is left as it is.
 
-    Where the processor is slow in the weights' dtype, the new stack computes in float32, and so its spec
-    says. Blocks that are swapped in count, hooks do not. Memory of mapped files is let go as they are laid out; other
-    weights are held twice while `stack` lives as well.
+    Where the processor is slow in the weights' dtype, the new stack computes in float32, and so its spec says. Blocks
+    that are swapped in count, hooks do not. Memory of mapped files is let go as they are laid out; other weights are
+    held twice while `stack` lives as well.
     """
     if stack.streamed:
         return stack
