@@ -19,7 +19,7 @@ from layerwise.allocate.solve import allocate
 from layerwise.errors import BadBudget, BadFile, BadPlan
 from layerwise.io import atomic
 from layerwise.measure.identity import identity
-from layerwise.measure.marginal import marginals
+from layerwise.measure.marginal import Undoing
 from layerwise.measure.scores import Scores
 from layerwise.report.alternatives import calibrated, defaults_for, parse_alternatives
 from layerwise.report.layers import kept_layers
@@ -79,7 +79,7 @@ def frontier(
     def point(share: float, scores: Scores) -> tuple[Point, Scores]:
         plan = allocate(scores, Budget(bytes=share), alternatives=alternatives, seed=seed)
         slim = apply(stack, plan, calibration)
-        seen = marginals(stack, slim, kept_layers(stack.spec, plan), trial, seed=seed, progress=progress)
+        seen = Undoing(stack, slim, kept_layers(stack.spec, plan), trial, seed=seed).marginals(progress)
         tell(f"{share:.0%}: {slim.spec.bytes() / 1e6:.1f} MB, KL {seen.kl:.4f} nats/token")
         found = Point(share, slim.spec.bytes(), plan.predicted["loss"] + floor, seen.kl, plan)
         return found, corrected(scores, plan, seen, floor)

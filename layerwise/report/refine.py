@@ -16,7 +16,7 @@ import numpy as np
 from layerwise.allocate.apply import apply
 from layerwise.allocate.plan import Plan
 from layerwise.data.text import TextData
-from layerwise.measure.marginal import Marginals, marginals
+from layerwise.measure.marginal import Marginals, Undoing
 from layerwise.measure.scores import Column, Scores
 from layerwise.report.layers import kept_layers
 from layerwise.stack.decoder import DecoderStack
@@ -62,12 +62,13 @@ def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan]
         if any(plan.edits == earlier.plan.edits for earlier in found):
             break
         slim = apply(stack, plan, calibration)
-        seen = marginals(stack, slim, kept_layers(stack.spec, plan), trial, seed=seed, progress=progress)
-        found.append(Round(plan, slim.spec.bytes(), plan.predicted["loss"], seen.kl, floor))
-        tell(f"round {number}: predicted {found[-1].predicted + floor:.4f}, measured {seen.kl:.4f} nats/token")
-        if found[-1].agrees or seen.kl > min(earlier.measured for earlier in found):
+        undoing = Undoing(stack, slim, kept_layers(stack.spec, plan), trial, seed=seed)
+        found.append(Round(plan, slim.spec.bytes(), plan.predicted["loss"], undoing.kl, floor))
+        tell(f"round {number}: predicted {found[-1].predicted + floor:.4f}, measured {undoing.kl:.4f} nats/token")
+        last = number == rounds or found[-1].agrees
+        if last or undoing.kl > min(earlier.measured for earlier in found):
             break
-        scores = corrected(scores, plan, seen, floor)
+        scores = corrected(scores, plan, undoing.marginals(progress), floor)
     return found
 
 

@@ -23,9 +23,21 @@ from layerwise.errors import BadData
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Format
 from layerwise.transform.descent import descend
-from layerwise.transform.rounding import Grid, Rounded, check_finite, code_values, find_grid, nearest_codes, stored
+from layerwise.transform.rounding import (
+    Grid,
+    Rounded,
+    check_finite,
+    code_values,
+    find_grid,
+    joined,
+    nearest_codes,
+    stored,
+)
 
 BLOCK = 32
+ROWS = 1 << 12
+"""Outputs rounded at a time, so that what a token table needs meanwhile is no multiple of the table."""
+
 DAMPING = 0.25
 """Of each input's own second moment. That much hardly costs anything on text like the calibration text, and on
 other text, where inputs correlate otherwise, it is what keeps compensation from doing harm."""
@@ -54,10 +66,16 @@ def gptq(weight_OI: Tensor, gram_II: Tensor, format: Format, *, search: int = 0,
     """
     check_finite(weight_OI, what)
     check_gram(gram_II, weight_OI.shape[1], what)
-    w_IO, gram_II = weight_OI.T.float().contiguous(), gram_II.float()
+    gram_II = gram_II.float()
+    factor = factorised(gram_II, damping)
+    return joined([_rounded(part_OI.T.float().contiguous(), gram_II, factor, format, search, sweeps, block)
+                   for part_OI in weight_OI.split(ROWS)])
+
+
+def _rounded(w_IO: Tensor, gram_II: Tensor, factor: Factor, format: Format, search: int, sweeps: int,
+             block: int) -> Rounded:
     plain = find_grid(w_IO, format, search, gram_II.diagonal())
     plain_IO = nearest_codes(w_IO, plain, format)
-    factor = factorised(gram_II, damping)
     codes_IO, grid = compensated(w_IO, factor, plain, format, block), plain
     if sweeps:
         codes_IO, grid = descend(w_IO, codes_IO, grid, factor.hessian_II, format, sweeps)
