@@ -61,7 +61,7 @@ INLINE many sums_of(const many x[MANY]) {
 }
 
 /* The logits of `count` heads. */
-INLINE void logits_of(const Seen *seen, const float *q, const void *k, int count, int64_t width, int half) {
+INLINE void logits_of(const Seen *seen, const float *q, const void *k, int count, int64_t width, int kept) {
     for (int64_t s = seen->start, some, at; s < seen->end; s += some) {
         some = run_of(seen, s, width, &at);
         some = some < MANY ? some : MANY;
@@ -70,8 +70,8 @@ INLINE void logits_of(const Seen *seen, const float *q, const void *k, int count
             for (int64_t j = 0; j < some; j++) {
                 many one = {0};
                 for (int64_t i = 0; i < width; i += MANY) {
-                    if (h == 0) fetch(k, at + (j + AHEAD) * width + i, half);
-                    one = plus_product(one, load_many(q + h * width + i), get_many(k, at + j * width + i, half));
+                    if (h == 0) fetch(k, at + (j + AHEAD) * width + i, kept);
+                    one = plus_product(one, load_many(q + h * width + i), get_many(k, at + j * width + i, kept));
                 }
                 sum[j] = one;
             }
@@ -100,7 +100,7 @@ static float weights_of(float *logits, int64_t slots, float softcap) {
 
 /* What `count` heads read of the channels from `first` on, `vectors` times MANY of them. */
 INLINE void values_of(const Seen *seen, const void *v, int count, int64_t first, int vectors,
-                      many sum[HEADS_AT_ONCE][CUT / MANY], int64_t width, int half) {
+                      many sum[HEADS_AT_ONCE][CUT / MANY], int64_t width, int kept) {
     for (int64_t s = seen->start, some, at; s < seen->end; s += some) {
         some = run_of(seen, s, width, &at);
         at += first;
@@ -108,8 +108,8 @@ INLINE void values_of(const Seen *seen, const void *v, int count, int64_t first,
         for (int64_t j = 0; j < some; j++, at += width)
 #pragma GCC unroll 4
             for (int i = 0; i < vectors; i++) {
-                fetch(v, at + AHEAD * width + i * MANY, half);
-                const many value = get_many(v, at + i * MANY, half);
+                fetch(v, at + AHEAD * width + i * MANY, kept);
+                const many value = get_many(v, at + i * MANY, kept);
 #pragma GCC unroll 4
                 for (int h = 0; h < count; h++)
                     sum[h][i] = plus_product(sum[h][i], (many){0} + weights[h * seen->room + j], value);
@@ -119,16 +119,16 @@ INLINE void values_of(const Seen *seen, const void *v, int count, int64_t first,
 
 /* `count` heads of one token that read the same keys. */
 INLINE void heads_of(const Seen *seen, const float *q, const void *k, const void *v, int count, void *out,
-                     int64_t out_at, int64_t width, int half) {
+                     int64_t out_at, int64_t width, int half, int kept) {
     float total[HEADS_AT_ONCE];
-    logits_of(seen, q, k, count, width, half);
+    logits_of(seen, q, k, count, width, kept);
     for (int h = 0; h < count; h++)
         total[h] = weights_of(seen->logits + h * seen->room, seen->end - seen->start, seen->shape->softcap);
     for (int64_t first = 0; first < width; first += CUT) {
         many sum[HEADS_AT_ONCE][CUT / MANY] = {{{0}}};
         const int vectors = width - first < CUT ? (int)(width - first) / MANY : CUT / MANY;
-        if (vectors == CUT / MANY) values_of(seen, v, count, first, CUT / MANY, sum, width, half);
-        else values_of(seen, v, count, first, vectors, sum, width, half);
+        if (vectors == CUT / MANY) values_of(seen, v, count, first, CUT / MANY, sum, width, kept);
+        else values_of(seen, v, count, first, vectors, sum, width, kept);
         for (int h = 0; h < count; h++)
             for (int i = 0; i < vectors * MANY; i++)
                 put(out, out_at + h * width + first + i, sum[h][i / MANY][i % MANY] / total[h], half);
@@ -137,11 +137,11 @@ INLINE void heads_of(const Seen *seen, const float *q, const void *k, const void
 
 /* The same; `count` is a constant where it is used. */
 INLINE void some_heads(const Seen *seen, const float *q, const void *k, const void *v, int count, void *out,
-                       int64_t out_at, int64_t width, int half) {
-    if (count == 1) heads_of(seen, q, k, v, 1, out, out_at, width, half);
-    else if (count == 2) heads_of(seen, q, k, v, 2, out, out_at, width, half);
-    else if (count == 3) heads_of(seen, q, k, v, 3, out, out_at, width, half);
-    else heads_of(seen, q, k, v, HEADS_AT_ONCE, out, out_at, width, half);
+                       int64_t out_at, int64_t width, int half, int kept) {
+    if (count == 1) heads_of(seen, q, k, v, 1, out, out_at, width, half, kept);
+    else if (count == 2) heads_of(seen, q, k, v, 2, out, out_at, width, half, kept);
+    else if (count == 3) heads_of(seen, q, k, v, 3, out, out_at, width, half, kept);
+    else heads_of(seen, q, k, v, HEADS_AT_ONCE, out, out_at, width, half, kept);
 }
 
 /* What a token sees with the heads that read `kv_head`. */
@@ -152,7 +152,8 @@ INLINE Seen seen_by(const Shape *a, const Places *p, int64_t token, int64_t kv_h
 }
 
 INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
-                     const void *cos, const void *sin, void *k, void *v, void *out, int half, int threads) {
+                     const void *cos, const void *sin, void *k, void *v, void *out, int half, int kept,
+                     int threads) {
     const int64_t width = a->width, all = a->heads + 2 * a->kv_heads, group = a->heads / a->kv_heads;
     int64_t longest = 0;
     for (int64_t t = 0; t < tokens; t++) longest = p->place[t] >= longest ? p->place[t] + 1 : longest;
@@ -167,8 +168,8 @@ INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
             const int64_t to = (h * a->slots + p->slot[t]) * width, from = (t * all + a->heads + h) * width;
             turn(a, qkv, from, k_norm, eps, cos, sin, t, turned, half);
             for (int64_t i = 0; i < width; i++) {
-                put(k, to + i, turned[i], half);
-                put(v, to + i, get(qkv, from + a->kv_heads * width + i, half), half);
+                put(k, to + i, turned[i], kept);
+                put(v, to + i, get(qkv, from + a->kv_heads * width + i, half), kept);
             }
         }
     }
@@ -182,17 +183,19 @@ INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
         const int64_t at = (token * a->heads + kv_head * group + first) * width;
         const int count = group - first < HEADS_AT_ONCE ? (int)(group - first) : HEADS_AT_ONCE;
         const Seen seen = seen_by(a, p, token, kv_head, room, logits);
-        if (width == 64) some_heads(&seen, q + at, k, v, count, out, at, 64, half);
-        else some_heads(&seen, q + at, k, v, count, out, at, width, half);
+        if (width == 64) some_heads(&seen, q + at, k, v, count, out, at, 64, half, kept);
+        else some_heads(&seen, q + at, k, v, count, out, at, width, half, kept);
     }
     free(q);
     return 0;
 }
 
 /* qkv [tokens, heads + 2 kv_heads, width], where width is a multiple of 8 and at most 512; cos, sin [tokens, turning];
-   k, v [kv_heads, slots, width]; out [tokens, heads, width]. Gives 0, or 1 where memory ran out. */
+   k, v [kv_heads, slots, width], bfloat16 where `kept`, and always where all else is; out [tokens, heads, width].
+   Gives 0, or 1 where memory ran out. */
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
-           const void *sin, void *k, void *v, void *out, int half, int threads) {
-    return half ? attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 1, threads)
-                : attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, threads);
+           const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
+    if (half) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 1, 1, threads);
+    if (kept) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 1, threads);
+    return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 0, threads);
 }

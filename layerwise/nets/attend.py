@@ -54,7 +54,10 @@ class HeadNorms:
 
 
 class Attended:
-    """The pools of one layer, [K, S, D], in blocks of `block` slots, and how new tokens attend to them."""
+    """The pools of one layer, [K, S, D], in blocks of `block` slots, and how new tokens attend to them.
+
+    Beside tokens in float32 the pools may be bfloat16.
+    """
 
     def __init__(self, a: Attention, k_KSD: Tensor, v_KSD: Tensor, block: int) -> None:
         self._kept = k_KSD, v_KSD
@@ -62,7 +65,8 @@ class Attended:
         self._struct = _Shape(a.heads, a.kv_heads, a.head_dim, turning, k_KSD.shape[1], block, a.window or 0,
                               a.head_dim**-0.5 if a.scale is None else a.scale, a.softcap or 0.0)
         self.address = ctypes.addressof(self._struct)
-        self.k, self.v, self.out = k_KSD.data_ptr(), v_KSD.data_ptr(), a.heads * a.head_dim
+        self.k, self.v, self.kept = k_KSD.data_ptr(), v_KSD.data_ptr(), DTYPES[k_KSD.dtype]
+        self.out = a.heads * a.head_dim
 
 
 class Pages:
@@ -71,11 +75,12 @@ class Pages:
     `rotation` holds cosines and signed sines as `Flow.rotation` gives them.
     """
 
-    __slots__ = ("_kept", "cos", "k", "out", "places", "shape", "sin", "v")
+    __slots__ = ("_kept", "cos", "k", "kept", "out", "places", "shape", "sin", "v")
 
     def __init__(self, attended: Attended, places: Places, rotation: tuple[Tensor, Tensor] | None) -> None:
         self._kept = attended, places, rotation
-        self.shape, self.k, self.v, self.out = attended.address, attended.k, attended.v, attended.out
+        self.shape, self.k, self.v, self.kept = attended.address, attended.k, attended.v, attended.kept
+        self.out = attended.out
         self.places = places.address
         self.cos: int | None = None if rotation is None else rotation[0].data_ptr()
         self.sin: int | None = None if rotation is None else rotation[1].data_ptr()
@@ -97,7 +102,7 @@ def attend(qkv_NA: Tensor, pages: Pages, norms: HeadNorms | None = None) -> Tens
     tokens, qkv_NA = len(qkv_NA), qkv_NA.contiguous()
     out_ND = qkv_NA.new_empty(tokens, pages.out)
     if found.attend(pages.shape, pages.places, None if norms is None else norms.address, tokens, qkv_NA.data_ptr(),
-                    pages.cos, pages.sin, pages.k, pages.v, out_ND.data_ptr(), DTYPES[qkv_NA.dtype],
+                    pages.cos, pages.sin, pages.k, pages.v, out_ND.data_ptr(), DTYPES[qkv_NA.dtype], pages.kept,
                     torch.get_num_threads()):
         raise MemoryError(f"no memory for the attention of {tokens} tokens")
     return out_ND

@@ -39,7 +39,7 @@ static void add(const void *x, void *y, const float *norm, float eps, int64_t ro
 
 /* x, y [tokens, hidden]; the rest as in `attend`. Gives 0, or 1 where memory ran out. */
 int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, const void *x, const void *cos,
-               const void *sin, void *k, void *v, void *y, int half, int threads) {
+               const void *sin, void *k, void *v, void *y, int half, int kept, int threads) {
     const int64_t hidden = b->hidden, heads = a->heads * a->width, all = heads + 2 * a->kv_heads * a->width;
     const int64_t size = half ? 2 : 4, wide = all > 2 * b->inner ? all : 2 * b->inner;
     const int64_t narrow = heads > b->inner ? heads : b->inner;
@@ -48,7 +48,7 @@ int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, 
     char *joined = normed + tokens * hidden * size, *mixed = joined + tokens * wide * size;
     rms_norm(x, b->attention_norm, tokens, hidden, b->eps, normed, half);
     int failed = joined_product(&b->qkv, normed, tokens, joined, half, threads);
-    failed |= attend(a, p, b->heads, tokens, joined, cos, sin, k, v, mixed, half, threads);
+    failed |= attend(a, p, b->heads, tokens, joined, cos, sin, k, v, mixed, half, kept, threads);
     failed |= product(b->o, mixed, tokens, b->o_bias, normed, hidden, half, threads);
     add(x, normed, b->attention_post, b->eps, tokens, hidden, y, half);
     rms_norm(y, b->feed_forward_norm, tokens, hidden, b->eps, normed, half);

@@ -49,8 +49,8 @@ def library() -> ctypes.CDLL | None:
     found.dense_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int]
     found.rms_norm.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int]
     found.gate_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int]
-    found.attend.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int]
-    found.block_step.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int]
+    found.attend.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int, c_int]
+    found.block_step.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int, c_int]
     found.rms_norm.restype = found.gate_times.restype = None
     return found
 

@@ -129,4 +129,4 @@ int dense_product(const Matrix *w, const float *x, int64_t rows, const float *bi
 void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half);
 void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half);
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
-           const void *sin, void *k, void *v, void *out, int half, int threads);
+           const void *sin, void *k, void *v, void *out, int half, int kept, int threads);

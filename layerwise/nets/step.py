@@ -75,7 +75,7 @@ class Step:
         x_NC = x_NC.contiguous()
         y_NC = torch.empty_like(x_NC)
         if found.block_step(self._address, pages.shape, pages.places, len(x_NC), x_NC.data_ptr(), pages.cos, pages.sin,
-                            pages.k, pages.v, y_NC.data_ptr(), DTYPES[x_NC.dtype], torch.get_num_threads()):
+                            pages.k, pages.v, y_NC.data_ptr(), DTYPES[x_NC.dtype], pages.kept, torch.get_num_threads()):
             raise MemoryError(f"no memory for a block with {len(x_NC)} tokens")
         return y_NC
 

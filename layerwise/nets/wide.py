@@ -1,6 +1,6 @@
 """Half-precision weights in a float32 stream, for processors that are slow in half precision.
 
-The residual stream and the caches are float32, and weights stay as small as they are.
+The residual stream is float32; weights, and the engine's keys and values in bfloat16, stay as small as they are.
 
 Shapes: O outputs, I inputs, C width.
 """

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.generate.sample import prompt_ids
+from layerwise.nets.compiled import DTYPES
 from layerwise.serve.budgets import compact
 from layerwise.serve.caches import Caches
 from layerwise.serve.drafts import Drafter, accepted
@@ -68,13 +69,14 @@ class Engine:
             if value < 1:
                 raise BadOption(f"{name}={value}", expected="1 or more", do="change it or leave it out")
         self.stack, self.waiting = prepared(stack) if prepare else stack, waiting
-        self.table = table or layer_table(self.stack.spec)
+        kept = stack if stack.dtype in DTYPES else self.stack  # keys stay in bfloat16 where float32 is only computed in
+        self.table = table or layer_table(kept.spec)
         tokens = cache_tokens or _cache_tokens(stack, self.table)
         blocks = max(2, -(-tokens // block))
         states = _states(stack, self.table, running)
         self.caches = Caches(self.table, blocks, block, share=prefix_cache, eviction=eviction, states=states)
         self.scheduler = Scheduler(self.caches, len(stack), Limits(running, max(step_tokens, running), groups=groups))
-        self.runner = Runner(self.stack, self.table, blocks, block, states)
+        self.runner = Runner(self.stack, self.table, blocks, block, states, kept.dtype)
         self.drafter, self.action = drafter, action
         if self.table.elsewhere and action is in_order:
             self.action = Staged(self.stack, self.table.elsewhere)

@@ -212,8 +212,7 @@ class PagedFlow(Flow):
             self.queries[layer] = q_BHTD[0].transpose(0, 1)
         fresh: Pair | None = None
         if k_BKTD is not None and v_BKTD is not None:
-            pool.write(slots_N, k_BKTD[0], v_BKTD[0])
-            fresh = (k_BKTD, v_BKTD) if pool.exact else None
+            fresh = pool.write(slots_N, k_BKTD[0], v_BKTD[0])
         if len(self.rows) == 1:
             return _attend(views[0], pool, q_BHTD, fresh, a)
         q_NHD = q_BHTD[0].transpose(0, 1)
@@ -224,7 +223,7 @@ class PagedFlow(Flow):
 
     def pages(self, a: Attention, layer: int, dtype: torch.dtype) -> Pages | None:
         entry, pool = self.table.layers[layer], self.pools[layer]
-        if layer in self.watched or not self._few or type(pool) is not Pool or pool.k.dtype != dtype:
+        if layer in self.watched or not self._few or type(pool) is not Pool or pool.dtype != dtype:
             return None
         assert entry.group is not None
         attended = pool.attended(a)
@@ -273,10 +272,10 @@ class PagedFlow(Flow):
 
 
 def _attend(view: View, pool: Pool, q_RHTD: Tensor, fresh: Pair | None, a: Attention) -> Tensor:
-    """What the tokens of one bucket get, [R, H, T, D]; `fresh` are keys and values of the packed tokens, if exact."""
+    """What the tokens of one bucket get, [R, H, T, D]; `fresh` are keys and values of the packed tokens, if known."""
     bucket = view.bucket
     if view.fresh and fresh is not None and (a.window is None or a.window >= bucket.longest):
-        k, v = (new[:, :, bucket.tokens] for new in fresh)
+        k, v = (new[None, :, bucket.tokens] for new in fresh)
         return softmax_attention(q_RHTD, k, v, None, a)
     if view.span is None and type(pool) is Pool and flex.runs(a, view.block, q_RHTD.dtype, bucket.device):
         return flex.compiled()(q_RHTD, pool.k, pool.v, view.blocks(pool.k.shape[1] // pool.block), a)

@@ -23,14 +23,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Pool:
-    """`blocks` blocks of `block` slots in the dtype of the model."""
+    """`blocks` blocks of `block` slots, kept in the dtype of the model; what comes and goes is `dtype`."""
 
-    exact = True
-
-    def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype,
-                 device: torch.device) -> None:
-        self.block = block
-        self.k, self.v = (zeros((heads, blocks * block, width), dtype, device) for _ in range(2))
+    def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype, device: torch.device,
+                 kept: torch.dtype | None = None) -> None:
+        self.block, self.dtype = block, dtype
+        self.k, self.v = (zeros((heads, blocks * block, width), kept or dtype, device) for _ in range(2))
         self._attended: tuple[Attention, Attended | None] | None = None
 
     def attended(self, a: Attention) -> Attended | None:
@@ -40,18 +38,21 @@ class Pool:
             self._attended = a, Attended(a, self.k, self.v, self.block) if known else None
         return self._attended[1]
 
-    def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> None:
-        """Put tokens into slots."""
+    def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> Pair | None:
+        """Put tokens into slots; gives them as they will be read, unless reading them is the way to know."""
+        k_KND, v_KND = k_KND.to(self.k.dtype), v_KND.to(self.v.dtype)
         self.k.index_copy_(1, slots_N, k_KND)
         self.v.index_copy_(1, slots_N, v_KND)
+        return k_KND.to(self.dtype), v_KND.to(self.dtype)
 
     def gather(self, blocks_RM: Tensor) -> Pair:
         """All slots of the given blocks, row by row, [R, K, S, D]."""
-        return self._rows(self.k, blocks_RM), self._rows(self.v, blocks_RM)
+        return self._rows(self.k, blocks_RM).to(self.dtype), self._rows(self.v, blocks_RM).to(self.dtype)
 
     def span(self, start: int, stop: int) -> Pair:
         """Consecutive slots, [1, K, S, D]."""
-        return self.k.narrow(1, start, stop - start)[None], self.v.narrow(1, start, stop - start)[None]
+        k, v = (store.narrow(1, start, stop - start)[None].to(self.dtype) for store in (self.k, self.v))
+        return k, v
 
     def move(self, source_N: Tensor, target_N: Tensor) -> None:
         """Copy slots to other slots."""
@@ -71,10 +72,8 @@ class Pool:
 class CodedPool(Pool):
     """Keys and values as codes: every store is several tensors, by `layout`."""
 
-    exact = False
-
-    def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype,
-                 device: torch.device) -> None:
+    def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype, device: torch.device,
+                 kept: torch.dtype | None = None) -> None:
         self.block, self.dtype = block, dtype
         self.keys, self.values = ([zeros((heads, blocks * block, size), kind, device) for size, kind in
                                    self.layout(width)] for _ in range(2))
@@ -92,10 +91,11 @@ class CodedPool(Pool):
     def decode(self, parts: list[Tensor]) -> Tensor:
         """Vectors [..., D] from their parts, in float32."""
 
-    def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> None:
+    def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> Pair | None:
         for stores, new in ((self.keys, k_KND), (self.values, v_KND)):
             for store, part in zip(stores, self.encode(new.float()), strict=True):
                 store.index_copy_(1, slots_N, part)
+        return None
 
     def gather(self, blocks_RM: Tensor) -> Pair:
         k, v = (self.decode([self._rows(store, blocks_RM) for store in stores]).to(self.dtype)

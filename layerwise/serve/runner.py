@@ -26,11 +26,13 @@ from layerwise.stack.decoder import DecoderStack
 class Runner:
     """The stack and the tensors of its caches: `blocks` blocks of `block` slots in every group, `states` states.
 
-    `frontiers` holds the hidden states of prompts between two spans of layers, by sequence.
+    Keys and values in the dtype of the model are kept as `kept`, by default that of the stack. `frontiers` holds the
+    hidden states of prompts between two spans of layers, by sequence.
     """
 
-    def __init__(self, stack: DecoderStack, table: LayerTable, blocks: int, block: int, states: int = 64) -> None:
-        self.stack, self.table, self.blocks, self.block = stack, table, blocks, block
+    def __init__(self, stack: DecoderStack, table: LayerTable, blocks: int, block: int, states: int = 64,
+                 kept: torch.dtype | None = None) -> None:
+        self.stack, self.table, self.blocks, self.block, self.kept = stack, table, blocks, block, kept
         self.pools = [self._pool(layer, blocks, states) for layer in range(len(stack))]
         self.frontiers: dict[Sequence, Tensor] = {}
         self._watching: dict[int, PagedFlow] = {}
@@ -48,7 +50,8 @@ class Runner:
             return StatePool(states, mixer, self.stack.dtype, self.stack.device)
         assert isinstance(mixer, Attention)
         kind = POOLS[entry.precision]
-        return kind(blocks, self.block, mixer.kv_heads, mixer.head_dim, self.stack.dtype, self.stack.device)
+        return kind(blocks, self.block, mixer.kv_heads, mixer.head_dim, self.stack.dtype, self.stack.device,
+                    self.kept)
 
     @torch.inference_mode()
     def run(self, rows: Many[Row], plan: Many[Entry]) -> Tensor:

@@ -31,14 +31,14 @@ ROWS = [(0, 1), (6, 1), (9, 3), (17, 2)]
 class World:
     """Sequences whose blocks lie in no order, and the same keys in one piece."""
 
-    def __init__(self, a: Attention, dtype: torch.dtype) -> None:
+    def __init__(self, a: Attention, dtype: torch.dtype, kept: torch.dtype | None = None) -> None:
         draw = torch.Generator().manual_seed(0)
         self.a, self.dtype = a, dtype
         needed = [-(-(past + new) // BLOCK) for past, new in ROWS]
         order = torch.randperm(sum(needed) + 2, generator=draw).tolist()
         self.blocks = [[order.pop() for _ in range(count)] for count in needed]
         shape = a.kv_heads, (sum(needed) + 2) * BLOCK, a.head_dim
-        self.k, self.v = (torch.randn(shape, generator=draw).to(dtype) for _ in range(2))
+        self.k, self.v = (torch.randn(shape, generator=draw).to(kept or dtype) for _ in range(2))
         tokens = sum(new for _, new in ROWS)
         self.qkv = torch.randn(tokens, (a.heads + 2 * a.kv_heads) * a.head_dim, generator=draw).to(dtype)
         self.places = [place for past, new in ROWS for place in range(past, past + new)]
@@ -74,7 +74,7 @@ class World:
         k, v = self.k.clone(), self.v.clone()
         for token, (row, place) in enumerate(zip(self.row, self.places, strict=True)):
             slot = self.slots(row, place + 1)[-1]
-            k[:, slot], v[:, slot] = k_new[:, token], v_new[:, token]
+            k[:, slot], v[:, slot] = k_new[:, token], v_new[:, token]  # rounded to how they are kept
         out = []
         for token, (row, place) in enumerate(zip(self.row, self.places, strict=True)):
             start = first * BLOCK if len(self.blocks[row]) > first + 1 else 0
@@ -95,6 +95,14 @@ def test_what_tokens_get(kind: str, dtype: torch.dtype) -> None:
     expected = world.expected()
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(world.found().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_of_half_precision_beside_tokens_of_float32(kind: str) -> None:
+    """Only what is kept is rounded, once."""
+    world = World(KINDS[kind], torch.float32, kept=torch.bfloat16)
+    expected = world.expected()
+    torch.testing.assert_close(world.found().double(), expected, rtol=2e-4, atol=2e-4)
 
 
 def test_blocks_that_were_let_go_are_not_seen() -> None:

@@ -12,7 +12,9 @@ from layerwise.nets import wide
 from layerwise.nets.compiled import library
 from layerwise.nets.prepared import DirectBlock
 from layerwise.nets.wide import may_widen
+from layerwise.serve.pool import Pool
 from layerwise.serve.request import Params
+from layerwise.serve.runner import Runner
 from layerwise.spec import Attention, FeedForward, LayerSpec, Norm
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
@@ -84,7 +86,14 @@ def test_half_precision(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = lw.Engine(packed(dtype="bfloat16"), cache_tokens=512)
     assert engine.stack.dtype == (torch.float32 if slow else torch.bfloat16)
     assert all(steps(engine))
-    assert all(len(done.tokens) == 12 for done in engine.generate(PROMPTS, GREEDY))
+    kept = [pool for pool in engine.runner.pools if isinstance(pool, Pool)]
+    assert all(pool.k.dtype == torch.bfloat16 for pool in kept)
+    assert sum(pool.k.nbytes + pool.v.nbytes for pool in kept) == 512 * engine.table.groups[0].token_bytes
+    answers = [done.tokens for done in engine.generate(PROMPTS, GREEDY)]
+    assert all(len(tokens) == 12 for tokens in answers)
+    if slow:
+        chunked = lw.Engine(packed(dtype="bfloat16"), cache_tokens=512, step_tokens=2, running=2)
+        assert [done.tokens for done in chunked.generate(PROMPTS, GREEDY)] == answers
 
 
 @pytest.mark.parametrize("row", [
@@ -103,13 +112,14 @@ def test_other_blocks_go_part_by_part(row: LayerSpec) -> None:
 @pytest.mark.parametrize("matrices", [(), ("k", "gate", "o")], ids=["none", "some"])
 def test_dense_matrices_of_half_precision_are_read_as_they_are(matrices: tuple[str, ...]) -> None:
     stack = packed(dtype="bfloat16", matrices=matrices)
-    whole, exact = lw.Engine(stack, cache_tokens=512), stack.copied(torch.float32)
+    whole = lw.Engine(stack, cache_tokens=512)
+    exact = lw.Engine(stack.copied(torch.float32), cache_tokens=512, prepare=False)
     assert all(steps(whole))
-    for found, prompt in zip(whole.generate(PROMPTS, GREEDY), PROMPTS, strict=True):
-        logits_TV = exact(torch.tensor([[*prompt, *found.tokens]]))[0]
-        assert found.logprobs is not None
-        for place, (token, one) in enumerate(zip(found.tokens, found.logprobs, strict=True), len(prompt) - 1):
-            assert one.logprob == pytest.approx(float(logits_TV[place].log_softmax(-1)[token]), abs=ROUNDING)
+    exact.runner = Runner(exact.stack, exact.table, 32, 16, kept=torch.bfloat16)
+    for found, right in zip(whole.generate(PROMPTS, GREEDY), exact.generate(PROMPTS, GREEDY), strict=True):
+        assert found.tokens == right.tokens and found.logprobs is not None and right.logprobs is not None
+        for one, other in zip(found.logprobs, right.logprobs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=ROUNDING)
 
 
 def test_blocks_of_which_only_a_part_is_packed() -> None:
