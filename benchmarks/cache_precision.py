@@ -10,86 +10,59 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 import layerwise as lw
 from benchmarks.common import machine
+from layerwise.allocate.plan import Edit, Plan
 from layerwise.data.bootstrap import paired_ratio_interval
 from layerwise.data.metrics import token_kl, token_losses
 from layerwise.data.text import TextData, text_blocks
-from layerwise.nets.flow import Flow
-from layerwise.serve.pool import POOLS, CodedPool
-from layerwise.serve.table import Precision
-from layerwise.spec import Attention
+from layerwise.spec import Precision
 from layerwise.stack.decoder import DecoderStack
 
 
-class Coded(Flow):
-    """A flow whose keys and values in `coded` layers are what codes of `precision` say of them."""
-
-    precision: Precision
-    coded: Collection[int]
-
-    def attend(self, a: Attention, layer: int, q_BHTD: Tensor, k_BKTD: Tensor | None = None,
-               v_BKTD: Tensor | None = None) -> Tensor:
-        if k_BKTD is not None and v_BKTD is not None and layer in self.coded:
-            pool = POOLS[self.precision](1, 1, 1, a.head_dim, torch.float32, k_BKTD.device)
-            assert isinstance(pool, CodedPool)
-            k_BKTD, v_BKTD = (pool.decode(pool.encode(x.float())).to(x.dtype) for x in (k_BKTD, v_BKTD))
-        return super().attend(a, layer, q_BHTD, k_BKTD, v_BKTD)
+def coded(stack: DecoderStack, precision: Precision, layers: Iterable[int]) -> DecoderStack:
+    """The stack with caches of `precision` in some layers."""
+    edits = [Edit(layer, "cache-precision", {"precision": precision}) for layer in layers]
+    return lw.apply(stack, Plan(stack.spec.fingerprint(), len(stack), tuple(edits)))
 
 
 @torch.inference_mode()
-def logits(stack: DecoderStack, tokens_BT: Tensor, precision: Precision, layers: Collection[int]) -> Tensor:
-    """Predictions [B, T, V] with coded caches."""
-    state = stack.start(tokens_BT)
-    if precision != "model":
-        flow = Coded(state.shared.positions_BT, dtype=state.shared.dtype)
-        flow.precision, flow.coded = precision, layers
-        state = replace(state, shared=flow)
-    return stack.finish(stack.run(state)).float()
-
-
 def measure(name: str, data: TextData, exact: DecoderStack) -> list[str]:
     """Rows of the table."""
     half = lw.open(name, dtype="bfloat16")
     assert isinstance(half, DecoderStack)
     depth = len(exact)
     everywhere, first, last = range(depth), range(depth // 2), range(depth // 2, depth)
-    cases: list[tuple[str, DecoderStack, Precision, range]] = [
-        ("bfloat16, as computed", half, "model", everywhere), ("int8", exact, "int8", everywhere),
-        ("int4", exact, "int4", everywhere), ("int4 in the first half of the layers", exact, "int4", first),
-        ("int4 in the last half", exact, "int4", last)]
-    kl: dict[str, float] = dict.fromkeys((case[0] for case in cases), 0.0)
+    cases: dict[str, tuple[DecoderStack, Precision, range]] = {
+        "bfloat16, as computed": (half, "model", everywhere), "int8": (exact, "int8", everywhere),
+        "int4": (exact, "int4", everywhere), "int4 in the first half of the layers": (exact, "int4", first),
+        "int4 in the last half": (exact, "int4", last)}
+    stacks = {what: coded(*case) for what, case in cases.items()}
+    kl: dict[str, float] = dict.fromkeys(cases, 0.0)
     losses: dict[str, list[float]] = {what: [] for what in ("exact", *kl)}
     for batch in data.batches(1):
-        reference_BTV = logits(exact, batch.tokens_BT, "model", ())
+        reference_BTV = exact(batch.tokens_BT).float()
         losses["exact"].append(float(token_losses(reference_BTV, batch.tokens_BT).mean()))
-        for what, stack, precision, layers in cases:
-            found_BTV = logits(stack, batch.tokens_BT, precision, layers)
+        for what, stack in stacks.items():
+            found_BTV = stack(batch.tokens_BT).float()
             kl[what] += float(token_kl(reference_BTV, found_BTV).mean()) / len(data)
             losses[what].append(float(token_losses(found_BTV, batch.tokens_BT).mean()))
     before = torch.tensor(losses["exact"])
-    sizes = {precision: _bytes(half, precision) for precision in POOLS}
     lines = ["| cache | bytes a token | KL | perplexity | change | 95 % |", "|---|---|---|---|---|---|",
-             f"| float32 (reference) | {2 * sizes['model']} | 0 | {before.mean().exp():.3f} | | |"]
-    for what, _, precision, layers in cases:
+             f"| float32 (reference) | {exact.spec.cache_bytes():.0f} | 0 | {before.mean().exp():.3f} | | |"]
+    for what, (_, *case) in cases.items():
         after = torch.tensor(losses[what])
         once = [1.0] * len(before)
         both = paired_ratio_interval((before.tolist(), once), (after.tolist(), once))
         change, low, high = (100 * (math.exp(value) - 1) for value in (both.value, both.low, both.high))
-        size = (sizes[precision] * len(layers) + sizes["model"] * (depth - len(layers))) // depth
-        lines.append(f"| {what} | {size} | {kl[what]:.5f} | {after.mean().exp():.3f} | {change:+.2f} % | "
+        size = coded(half, *case).spec.cache_bytes()
+        lines.append(f"| {what} | {size:.0f} | {kl[what]:.5f} | {after.mean().exp():.3f} | {change:+.2f} % | "
                      f"{low:+.2f} to {high:+.2f} % |")
     return lines
-
-
-def _bytes(stack: DecoderStack, precision: Precision) -> int:
-    return sum(group.token_bytes for group in lw.layer_table(stack.spec, precision=precision).groups)
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ from layerwise.transform.learn_rotation import rotatable
 
 TABLE_BITS = (8, 6, 4)
 ROW_BITS = (8, 6, 5, 4, 3, 2)
+KEYS = ("share-kv", "cache-precision")
+"""Transforms of what a layer keeps of every token."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,12 @@ def shared(count: int = 2) -> list[Alternative]:
             for nearest in range(1, count + 1)]
 
 
+def coded() -> list[Alternative]:
+    """Keys and values kept as integers of 8 or 4 bits."""
+    return [Alternative(f"cache int{bits}", "cache-precision", {"precision": f"int{bits}"},
+                        f"response:cache int{bits}", 4.0**-bits) for bits in (8, 4)]
+
+
 def dropped(part: Literal["layer", "attention", "feed_forward"] = "layer") -> Alternative:
     """Take the layer away, or one half of it (which counts as half the distortion)."""
     if part == "layer":
@@ -165,7 +173,7 @@ def _row_choices(layer: int, alternatives: Sequence[Alternative], losses: Losses
     row, choices = spec.rows[layer], []
     separate = [alternative for alternative in alternatives if alternative.each] if losses.measured else []
     for alternative in alternatives:
-        if alternative in separate or (separate and alternative.transform in (None, "share-kv")):
+        if alternative in separate or (separate and alternative.transform in (None, *KEYS)):
             continue  # among the mixtures
         here = alternative.at(layer, spec)
         if here is None:
@@ -213,7 +221,7 @@ def _half(layer: int, matrices: Sequence[str], alternatives: Sequence[Alternativ
         edited = edited_row(row, spec.hidden, here.transform, here.arguments)
         if option is None or edited is None:
             continue
-        if linked and part == "attention":
+        if linked and part == "attention" and here.transform != "cache-precision":
             option = replace(option, keys=str(here.arguments.get("source", "none")))
         if here.transform == "drop":
             found.append(option)
@@ -253,7 +261,7 @@ def _changes(alternative: Alternative, part: str, row: LayerSpec) -> bool:
         return bool(alternative.arguments["part"] == part and row.mixer and row.feed_forward)
     if alternative.transform == "narrow":
         return ("width" in alternative.arguments) == (part == "feed_forward")
-    return alternative.transform == "share-kv" and part == "attention"
+    return alternative.transform in KEYS and part == "attention"
 
 
 def _mixture(layer: int, row: LayerSpec, option: Option, base: Cost, hidden: int) -> Choice:

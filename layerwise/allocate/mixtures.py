@@ -25,7 +25,7 @@ from layerwise.allocate.plan import Edit
 CELLS = {1: 300, 2: 24}
 """Steps into which the range of costs of a front is divided, by number of currencies; with more, 12."""
 
-FIRST = ("drop", "narrow", "share-kv", "scale-inputs", "rotate-values", "learn-rotation", "low-rank")
+FIRST = ("drop", "narrow", "share-kv", "cache-precision", "scale-inputs", "rotate-values", "learn-rotation", "low-rank")
 """Transforms that come before rounding, in the order in which they are carried out."""
 
 TURNED = "turned"

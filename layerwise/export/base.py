@@ -61,7 +61,9 @@ def refuse(what: str, target: str, can: str, do: str) -> BadOption:
 
 
 def check_rows(rows: tuple[LayerSpec, ...], target: str) -> None:
-    """Raises BadOption where a layer has lost a half, shares keys and values with another, or is a state space."""
+    """Raises BadOption where a layer has lost a half, shares keys and values with another, has
+    a cache of its own precision, or is a state space.
+    """
     for layer, row in enumerate(rows):
         if row.mixer is None or row.feed_forward is None:
             half = "attention" if row.mixer is None else "feed-forward"
@@ -70,10 +72,20 @@ def check_rows(rows: tuple[LayerSpec, ...], target: str) -> None:
         if isinstance(row.mixer, StateSpace):
             raise refuse(f"layer {layer}, a state space", target, "layers of attention",
                          "keep the model in layerwise's own format")
-        if isinstance(row.mixer, Attention) and row.mixer.shares is not None:
-            raise refuse(f"layer {layer}, which shares keys and values with layer {row.mixer.shares}", target,
-                         "layers with keys and values of their own",
-                         "make a plan without share-kv, or keep the model in layerwise's own format")
+        check_keys(layer, row, target)
+
+
+def check_keys(layer: int, row: LayerSpec, target: str) -> None:
+    """Raises BadOption where a layer keeps keys and values otherwise than others do, or none."""
+    if not isinstance(row.mixer, Attention):
+        return
+    if row.mixer.shares is not None:
+        raise refuse(f"layer {layer}, which shares keys and values with layer {row.mixer.shares}", target,
+                     "layers with keys and values of their own",
+                     "make a plan without share-kv, or keep the model in layerwise's own format")
+    if row.mixer.cache != "model":
+        raise refuse(f"layer {layer}, whose cache holds {row.mixer.cache}", target, "caches in the model's dtype",
+                     "make a plan without cache-precision, or keep the model in layerwise's own format")
 
 
 def names(rows: tuple[LayerSpec, ...], hidden: int) -> Iterator[tuple[int, str, LayerSpec]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from layerwise.errors import BadFile
-from layerwise.export.base import NOTHING, Allowed, Export, Written, refuse
+from layerwise.export.base import NOTHING, Allowed, Export, Written, check_keys
 from layerwise.export.dense import dense_tensors
 from layerwise.export.gguf_metadata import metadata
 from layerwise.export.gguf_tensors import Item, data, items, written_table
@@ -23,7 +23,7 @@ from layerwise.export.gguf_tokenizer import no_tokenizer, tokenizer_metadata
 from layerwise.export.source import Source
 from layerwise.io import atomic
 from layerwise.io.source import read_gguf
-from layerwise.spec import Attention, StackSpec
+from layerwise.spec import StackSpec
 from layerwise.stack.decoder import DecoderStack
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ class GGUF(Export):
         where the tokenizer has no name there, BadFile where the file read back is not the model.
         """
         for layer, row in enumerate(source.spec.rows):
-            if isinstance(row.mixer, Attention) and row.mixer.shares is not None:
-                raise refuse(f"layer {layer}, which shares keys and values with layer {row.mixer.shares}", "GGUF",
-                             "layers with keys and values of their own", "make a plan without share-kv")
+            check_keys(layer, row, "GGUF")
         tensors = list(items(source.spec, allowed))
         facts = metadata(source.spec, source.name)
         stack = source.stack

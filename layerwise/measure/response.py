@@ -7,8 +7,8 @@ disturbance the divergence grows in proportion to the squared error of the matri
 
 with errors from `output-error`: two cheap columns predict any number of alternatives. Where the error is not
 small in this sense the alternative itself is tried: halves of a layer and whole layers left out, the keys and
-values of another layer read instead, and token tables in other formats. What bfloat16 rounding alone does is
-subtracted (see `floor.py`).
+values of another layer read instead, caches of integers, and token tables in other formats. What bfloat16 rounding
+alone does is subtracted (see `floor.py`).
 Cost: layers^2 / 2 layer runs per matrix, half of starting over for each.
 """
 
@@ -27,9 +27,10 @@ from layerwise.measure.floor import FLOOR, Dither, above, floor_column, floor_of
 from layerwise.measure.output_error import PROBE
 from layerwise.measure.scores import Column, Direction
 from layerwise.nets.decoder import MATRICES, Block
-from layerwise.spec import Format
+from layerwise.spec import Format, LayerSpec, Precision
 from layerwise.stack.base import Skip, Stack
 from layerwise.stack.decoder import DecoderStack
+from layerwise.transform.cache_precision import CachePrecision
 from layerwise.transform.drop import Drop
 from layerwise.transform.quantize import Quantize, pack_table, values
 from layerwise.transform.share_kv import ShareKV, sources
@@ -38,12 +39,14 @@ TABLE_FORMATS = ("8/row=", "6/64", "4/64", "3/64")
 DROPS = {"drop": "layer", "drop attention": "attention", "drop feed-forward": "feed_forward"}
 SHARES = {"share 1": 1, "share 2": 2}
 """Reading the keys and values of the nearest earlier layer that has such, and of the second nearest."""
+CACHES: dict[str, Precision] = {"cache int8": "int8", "cache int4": "int4"}
+"""Keys and values as a cache of integers holds them."""
 
 
 @dataclass(frozen=True)
 class Response(Intervention):
-    """Columns `<matrix>`, and those of `drops` and `shares`; formats of `tables` fill only the columns' `outside`.
-    Output is compared at `tokens` positions of every row (None: all).
+    """Columns `<matrix>`, and those of `drops`, `shares` and `caches`; formats of `tables` fill only the columns'
+    `outside`. Output is compared at `tokens` positions of every row (None: all).
     """
 
     matrices: bool = True
@@ -51,6 +54,7 @@ class Response(Intervention):
     tables: tuple[str, ...] = TABLE_FORMATS
     tokens: int | None = 128
     shares: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
 
     name: ClassVar[str] = "response"
     unit: ClassVar[str] = "nats/token"
@@ -59,17 +63,19 @@ class Response(Intervention):
     for_plans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for field in ("drops", "tables", "shares"):
+        for field in ("drops", "tables", "shares", "caches"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for label in self.tables:
             Format.parse(label)
-        for what, given, known in (("drops", self.drops, DROPS), ("shares", self.shares, SHARES)):
+        for what, given, known in (("drops", self.drops, DROPS), ("shares", self.shares, SHARES),
+                                   ("caches", self.caches, CACHES)):
             if unknown := sorted(set(given) - set(known)):
                 raise BadOption(f"{what} {unknown}", expected=f"some of {list(known)}", do="correct the names")
 
     @property
     def parts(self) -> Mapping[str, str]:
-        tried = (*(MATRICES if self.matrices else ()), *self.drops, *self.shares, *self.tables, FLOOR)
+        tried = (*(MATRICES if self.matrices else ()), *self.drops, *self.shares, *self.caches,
+                 *self.tables, FLOOR)
         return dict.fromkeys(tried, self.unit)
 
     def trials(self, stack: Stack) -> list[Trial]:
@@ -84,7 +90,8 @@ class Response(Intervention):
         matrices = list(row.matrices(stack.spec.hidden)) if self.matrices else []
         readable = len(sources(stack.spec, layer))
         return [*matrices, *(part for part in self.drops if part == "drop" or (halves[part] and all(halves.values()))),
-                *(part for part in self.shares if SHARES[part] <= readable)]
+                *(part for part in self.shares if SHARES[part] <= readable),
+                *(part for part in self.caches if _changes(CachePrecision(CACHES[part]), row))]
 
     def sources(self, stack: Stack) -> frozenset[int]:
         most = max((SHARES[part] for part in self.shares), default=0)
@@ -102,6 +109,8 @@ class Response(Intervention):
             return Drop(DROPS[trial.part]).apply(block, row) or Skip()  # type: ignore[arg-type]
         if trial.part in SHARES:
             return ShareKV(sources(stack.spec, trial.place)[SHARES[trial.part] - 1]).apply(block, row)
+        if trial.part in CACHES:
+            return CachePrecision(CACHES[trial.part]).apply(block, row)
         probe = Quantize(PROBE.bits, PROBE.group, PROBE.symmetric, "nearest", (trial.part,))
         return probe.apply(block, row)
 
@@ -112,6 +121,13 @@ class Response(Intervention):
         floor = floor_of(values, layers)
         columns = super().finish(layers, above(values, floor))
         return (*columns, floor_column(self.name, self.unit, floor)) if floor else columns
+
+
+def _changes(change: CachePrecision, row: LayerSpec) -> bool:
+    try:
+        return change.edit(row, 0) != row
+    except BadOption:
+        return False
 
 
 def _with_table(stack: DecoderStack, name: str, format: Format) -> DecoderStack:

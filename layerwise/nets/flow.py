@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from layerwise.nets.attend import Pages
+from layerwise.nets.key_codes import as_kept
 from layerwise.nets.softmax import softmax_attention
 from layerwise.spec import Attention, Rope
 
@@ -113,7 +114,7 @@ class Flow:
             assert a.shares is not None
             k_BKSD, v_BKSD = self._kept[a.shares]
         else:
-            k_BKSD, v_BKSD = self._extended(layer, k_BKTD, v_BKTD)
+            k_BKSD, v_BKSD = self._extended(layer, as_kept(k_BKTD, a.cache), as_kept(v_BKTD, a.cache))
         return softmax_attention(q_BHTD, k_BKSD, v_BKSD, self.mask(a.window), a)
 
     def pages(self, a: Attention, layer: int, dtype: torch.dtype) -> Pages | None:

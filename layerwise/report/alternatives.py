@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from layerwise.allocate.budget import Budget
-from layerwise.allocate.choices import dropped, factored, factors, keep, mixed, narrowed, rotated, shared
+from layerwise.allocate.choices import coded, dropped, factored, factors, keep, mixed, narrowed, rotated, shared
 from layerwise.allocate.cost import totals
 from layerwise.allocate.losses import Alternative
 from layerwise.errors import BadData, BadOption
 from layerwise.measure.base import Instrument
 from layerwise.measure.output_error import OutputError
-from layerwise.measure.response import DROPS, SHARES, Response
+from layerwise.measure.response import CACHES, DROPS, SHARES, Response
 from layerwise.spec import BITS, Format, StackSpec
 from layerwise.transform.low_rank import share_rank
 from layerwise.transform.quantize import Quantize
@@ -25,7 +25,7 @@ DROPPING: dict[str, Callable[[], Alternative]] = {
 }
 WIDEST = 256
 RANKS, WIDTHS = (0.8, 0.6, 0.4), (0.875, 0.75, 0.5)
-CURRENCIES = ("bits", "rank", "width", "share", *DROPPING)
+CURRENCIES = ("bits", "rank", "width", "share", "cache", *DROPPING)
 POSITIONS = 64
 """Positions of every block at which the output of a changed model is compared."""
 
@@ -55,8 +55,8 @@ def table_formats(labels: Sequence[str]) -> list[str]:
 def parse_alternatives(only: Sequence[str], spec: StackSpec) -> list[Alternative]:
     """What a layer may become, from words; leaving it as it is is always possible.
 
-    A word is a currency (`bits`, `rank`, `width`, `share`, `drop`, `drop-attention`, `drop-feed-forward`), a number
-    of bits (`4`: every format of that width) or a format (`4/128`). Raises BadOption for another word.
+    A word is a currency (`bits`, `rank`, `width`, `share`, `cache`, `drop`, `drop-attention`, `drop-feed-forward`), a
+    number of bits (`4`: every format of that width) or a format (`4/128`). Raises BadOption for another word.
     """
     labels = list(dict.fromkeys(label for word in only if word not in CURRENCIES[1:] for label in _labels(word, spec)))
     found = [keep(), *_formats(labels)] if only else []
@@ -66,6 +66,8 @@ def parse_alternatives(only: Sequence[str], spec: StackSpec) -> list[Alternative
         found += narrowed(WIDTHS, spec)
     if "share" in only:
         found += shared()
+    if "cache" in only:
+        found += coded()
     return [*found, *(make() for word, make in DROPPING.items() if word in only)]
 
 
@@ -118,9 +120,9 @@ def defaults_for(budget: Budget, spec: StackSpec, hard: bool = False) -> list[Al
 
 
 def smaller_cache(spec: StackSpec) -> list[Alternative]:
-    """What keeps less of every token: fewer key-value heads, the keys and values of another layer, no attention."""
+    """What keeps less of every token: integers, fewer key-value heads, another layer's keys and values, nothing."""
     fewer = [item for item in narrowed(WIDTHS, spec) if "kv_heads" in item.arguments]
-    return [*fewer, *shared(), dropped("attention")]
+    return [*coded(), *fewer, *shared(), dropped("attention")]
 
 
 def calibrated(alternatives: Sequence[Alternative], spec: StackSpec, tokens: int,
@@ -189,8 +191,8 @@ def reading(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
 def trying(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
     """What tries changes on the model, and what a reader wants to see beside it."""
     tables = tuple(item.label for item in alternatives if item.each and item.tables)
-    drops, shares = (tuple(label for label in known if any(item.label == label for item in alternatives))
-                     for known in (DROPS, SHARES))
+    drops, shares, caches = (tuple(label for label in known if any(item.label == label for item in alternatives))
+                             for known in (DROPS, SHARES, CACHES))
     return ["block-influence", "logit-lens-kl", "lim", "zd",
             Response(any(item.each or item.transform == "narrow" for item in alternatives), drops, tables, POSITIONS,
-                     shares)]
+                     shares, caches)]

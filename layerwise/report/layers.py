@@ -122,6 +122,8 @@ def _shapes(row: LayerSpec, new: LayerSpec) -> Iterator[str]:
             yield f"{mixer.kv_heads} of {old.kv_heads} key-value heads"
         if mixer.shares is not None and mixer.shares != old.shares:
             yield f"keys of layer {mixer.shares}"
+        if mixer.cache != old.cache:
+            yield f"cache {mixer.cache}"
     ranks = {name: rank for name, rank in new.ranks.items() if row.ranks.get(name) != rank}
     if ranks:
         yield "; ".join(f"rank {rank}: {' '.join(name for name in ranks if ranks[name] == rank)}"

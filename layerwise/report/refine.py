@@ -122,7 +122,7 @@ def _of_kind(column: Column, factors: Mapping[str, float]) -> Column:
     what = setting.partition(":")[2]
     kind = "quantize"
     if name == "response":
-        kind = {"drop": "drop", "share": "share-kv"}.get(setting.partition(" ")[0], "")
+        kind = {"drop": "drop", "share": "share-kv", "cache": "cache-precision"}.get(setting.partition(" ")[0], "")
     elif name != "output-error" or what == "probe" or setting.startswith("table:"):
         kind = ""
     elif what.startswith(("rank ", "width ")):

@@ -1,4 +1,4 @@
-"""Keys and values of one layer, in blocks of slots: as they are, or as integers of 8 or 4 bits with scales.
+"""Keys and values of one layer, in blocks of slots: as they are, or as codes of 8 or 4 bits.
 
 Head by head, so that the slots of a head lie together: consecutive blocks need no copy, gathered ones lie as a matrix
 product wants them.
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import mmap
-from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from layerwise.nets.attend import Attended, attends
-from layerwise.serve.table import Precision, group_of
-from layerwise.spec import Attention
+from layerwise.nets.key_codes import KEY_CODES, KeyCode
+from layerwise.spec import Attention, Precision
 
 Pair = tuple[Tensor, Tensor]
 
@@ -70,40 +70,29 @@ class Pool:
 
 
 class CodedPool(Pool):
-    """Keys and values as codes: every store is several tensors, by `layout`."""
+    """Keys and values as codes: every store is several tensors."""
+
+    code: ClassVar[KeyCode]
 
     def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype, device: torch.device,
                  kept: torch.dtype | None = None) -> None:
         self.block, self.dtype = block, dtype
         self.keys, self.values = ([zeros((heads, blocks * block, size), kind, device) for size, kind in
-                                   self.layout(width)] for _ in range(2))
-
-    @staticmethod
-    @abstractmethod
-    def layout(width: int) -> list[tuple[int, torch.dtype]]:
-        """Width and dtype of each part that a head of `width` numbers becomes."""
-
-    @abstractmethod
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """The parts of vectors [..., D]."""
-
-    @abstractmethod
-    def decode(self, parts: list[Tensor]) -> Tensor:
-        """Vectors [..., D] from their parts, in float32."""
+                                   self.code.layout(width)] for _ in range(2))
 
     def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> Pair | None:
         for stores, new in ((self.keys, k_KND), (self.values, v_KND)):
-            for store, part in zip(stores, self.encode(new.float()), strict=True):
+            for store, part in zip(stores, self.code.encode(new.float()), strict=True):
                 store.index_copy_(1, slots_N, part)
         return None
 
     def gather(self, blocks_RM: Tensor) -> Pair:
-        k, v = (self.decode([self._rows(store, blocks_RM) for store in stores]).to(self.dtype)
+        k, v = (self.code.decode([self._rows(store, blocks_RM) for store in stores]).to(self.dtype)
                 for stores in (self.keys, self.values))
         return k, v
 
     def span(self, start: int, stop: int) -> Pair:
-        k, v = (self.decode([store[None, :, start:stop] for store in stores]).to(self.dtype)
+        k, v = (self.code.decode([store[None, :, start:stop] for store in stores]).to(self.dtype)
                 for stores in (self.keys, self.values))
         return k, v
 
@@ -112,44 +101,15 @@ class CodedPool(Pool):
 
 
 class Int8Pool(CodedPool):
-    """8-bit integers, rounded to nearest, with a float32 scale for each head of a token."""
+    """In 8 bits."""
 
-    @staticmethod
-    def layout(width: int) -> list[tuple[int, torch.dtype]]:
-        return [(width, torch.int8), (1, torch.float32)]
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-        return [(x / scale).round().to(torch.int8), scale]
-
-    def decode(self, parts: list[Tensor]) -> Tensor:
-        codes, scale = parts
-        return codes * scale
+    code = KEY_CODES["int8"]
 
 
 class Int4Pool(CodedPool):
-    """4-bit codes between the least and the largest of `group_of(width)` neighbours, two to a byte.
+    """In 4 bits."""
 
-    x = low + code * step; low and step are bfloat16, and codes are rounded by what these can say.
-    """
-
-    @staticmethod
-    def layout(width: int) -> list[tuple[int, torch.dtype]]:
-        groups = width // group_of(width)
-        return [(width // 2, torch.uint8), (groups, torch.bfloat16), (groups, torch.bfloat16)]
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        x_Gg = x.unflatten(-1, (-1, group_of(x.shape[-1])))
-        low_G = x_Gg.amin(-1).to(torch.bfloat16)
-        step_G = ((x_Gg.amax(-1) - low_G) / 15).clamp(min=1e-12).to(torch.bfloat16)
-        codes = ((x_Gg - low_G[..., None]) / step_G[..., None]).round().clamp(0, 15).to(torch.uint8).flatten(-2)
-        first, second = codes.chunk(2, -1)
-        return [first | second << 4, low_G, step_G]
-
-    def decode(self, parts: list[Tensor]) -> Tensor:
-        packed, low_G, step_G = parts
-        codes_Gg = torch.cat([packed & 15, packed >> 4], -1).unflatten(-1, (low_G.shape[-1], -1))
-        return torch.addcmul(low_G.float()[..., None], codes_Gg.float(), step_G.float()[..., None]).flatten(-2)
+    code = KEY_CODES["int4"]
 
 
 POOLS: dict[Precision, type[Pool]] = {"model": Pool, "int8": Int8Pool, "int4": Int4Pool}

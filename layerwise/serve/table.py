@@ -8,16 +8,14 @@ of each sequence instead; they form a group whose blocks are states.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from layerwise.errors import BadModel, BadOption
-from layerwise.spec import DTYPE_BYTES, Attention, Opaque, StackSpec, StateSpace
+from layerwise.spec import Attention, Opaque, Precision, StackSpec, StateSpace
 
 Kind = Literal["full", "window", "budget", "recurrent", "shared", "none"]
-Precision = Literal["model", "int8", "int4"]
 Scorer = Literal["recent", "norm", "attention"]
 Place = Literal["device", "host", "disk"]
 
@@ -91,6 +89,7 @@ def layer_table(spec: StackSpec, *, precision: Precision | Mapping[int, Precisio
                 skip: Collection[int] = (), residency: Mapping[int, Place] | None = None) -> LayerTable:
     """Read the table off the rows; `budgets` limits the tokens that a layer keeps after its prompt.
 
+    A layer of precision "model" keeps keys and values as its row says, by default in the dtype of the model.
     A layer whose keys others read keeps what any of them needs. Raises BadModel for rows that layerwise did not
     build, BadOption for a layer that is not there, a name that is not known, a budget of none, or one for a layer
     whose cache is not its own.
@@ -104,7 +103,7 @@ def layer_table(spec: StackSpec, *, precision: Precision | Mapping[int, Precisio
     _known("residency", residency.values(), get_args(Place))
     _known("scorer", [scorer], get_args(Scorer))
     entries = [replace(_kept(spec, layer, budgets.get(layer), scorer), skipped=layer in skip,
-                       precision=each.get(layer, "model"), residency=residency.get(layer, "device"))
+                       precision=_precision(spec, layer, each), residency=residency.get(layer, "device"))
                for layer in range(depth)]
     keys = _group_keys(entries)
     place = {layer: index for index, layers in enumerate(keys) for layer in layers}
@@ -179,15 +178,13 @@ def _group(spec: StackSpec, entries: list[LayerCache], layers: tuple[int, ...]) 
 def _token_bytes(spec: StackSpec, layer: int, precision: Precision) -> int:
     mixer = spec.rows[layer].mixer
     assert isinstance(mixer, Attention)
-    width = mixer.head_dim
-    if precision == "int4" and width % 2:
-        raise BadOption(f"int4 for layer {layer}, whose heads have {width} numbers", expected="an even number",
-                        do="keep it in int8")
-    head = {"model": width * DTYPE_BYTES[spec.dtype], "int8": width + 4,
-            "int4": width // 2 + 4 * (width // group_of(width))}
-    return 2 * mixer.kv_heads * head[precision]
+    try:
+        return replace(mixer, cache=precision).token_bytes(spec.dtype)
+    except BadOption as error:
+        raise BadOption(f"for layer {layer} {error.given}", expected=error.expected, do=error.do) from error
 
 
-def group_of(width: int) -> int:
-    """Neighbouring numbers of a head that share a scale in 4 bits: 32, or the largest power of two that divides it."""
-    return math.gcd(width, 32)
+def _precision(spec: StackSpec, layer: int, asked: Mapping[int, Precision]) -> Precision:
+    """What is asked for, or where nothing is, what the row says."""
+    mixer, precision = spec.rows[layer].mixer, asked.get(layer, "model")
+    return mixer.cache if precision == "model" and isinstance(mixer, Attention) else precision

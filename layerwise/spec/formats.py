@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from layerwise.errors import BadOption
 
 BITS = (2, 3, 4, 5, 6, 8)
 SCALE_BITS = (4, 6, 16)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Precision = Literal["model", "int8", "int4"]
+"""How a cache holds keys and values: in the dtype of the model, or as integers with scales (`nets/key_codes.py`)."""
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,15 @@ class Format:
         packed = math.ceil(groups * group * self.bits / 8) if self.group else math.ceil(columns * self.bits / 8)
         scales = groups * 2 if self.scale_bits == 16 else math.ceil(groups * self.scale_bits / 8) + 2
         return rows * (packed + scales * (1 if self.symmetric else 2))
+
+
+def group_of(width: int) -> int:
+    """Neighbouring numbers of a head that share a scale in 4 bits: 32, or the largest power of two that divides it."""
+    return math.gcd(width, 32)
+
+
+def key_bytes(width: int, precision: Precision, dtype: str) -> int:
+    """Bytes of a key or value of one head of `width` numbers in a cache."""
+    if precision == "model":
+        return width * DTYPE_BYTES[dtype]
+    return width + 4 if precision == "int8" else width // 2 + 4 * (width // group_of(width))

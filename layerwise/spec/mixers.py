@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from layerwise.errors import BadOption
-from layerwise.spec.formats import DTYPE_BYTES
+from layerwise.spec.formats import DTYPE_BYTES, Precision, key_bytes
+from layerwise.spec.values import LATER
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Rope:
 class Attention:
     """Softmax attention. `window` limits how many past tokens are seen; `None` means all of them.
 
-    With `shares`, keys and values are those of that earlier layer, and the layer has no k and v matrices.
+    With `shares`, keys and values are those of that earlier layer, and the layer has no k and v matrices. Queries see
+    keys and values as a `cache` of that precision holds them.
     """
 
     heads: int
@@ -44,6 +46,12 @@ class Attention:
     scale: float | None = None
     softcap: float | None = None
     shares: int | None = None
+    cache: Precision = field(default="model", metadata=LATER)
+
+    def __post_init__(self) -> None:
+        if self.cache == "int4" and self.head_dim % 2:
+            raise BadOption(f"a cache of int4 where heads have {self.head_dim} numbers", expected="an even number",
+                            do="keep it in int8")
 
     def matrices(self, hidden: int) -> dict[str, tuple[int, int]]:
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -62,13 +70,17 @@ class Attention:
         0 where another layer's are read; what a wider reader makes a window keep is not counted.
         """
         held = 1.0 if self.window is None else min(1.0, self.window / context)
-        own = self.shares is None
-        return own * held * 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+        return held * self.token_bytes(dtype)
+
+    def token_bytes(self, dtype: str) -> int:
+        """Bytes of the keys and values of one token; 0 where another layer's are read."""
+        return 0 if self.shares is not None else 2 * self.kv_heads * key_bytes(self.head_dim, self.cache, dtype)
 
     def describe(self) -> str:
         span = f"window {self.window}" if self.window else "full"
         shared = "" if self.shares is None else f", keys of layer {self.shares}"
-        return f"attention {self.heads}/{self.kv_heads}x{self.head_dim} {span}{shared}"
+        kept = "" if self.cache == "model" else f", cache {self.cache}"
+        return f"attention {self.heads}/{self.kv_heads}x{self.head_dim} {span}{shared}{kept}"
 
 
 @dataclass(frozen=True)

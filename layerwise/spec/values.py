@@ -9,6 +9,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from layerwise.errors import BadOption
 
+LATER = {"later": True}
+"""Metadata of a field that came later: it is written where it is not the default, so that older tables stay equal."""
+
 TAGGED = ("Attention", "FeedForward", "Opaque", "StateSpace")
 """Classes that are written with their name, since another may stand in their place."""
 
@@ -17,7 +20,8 @@ def encode(value: Any) -> Any:
     """Dataclasses as mappings of their fields, tuples as lists."""
     if dataclasses.is_dataclass(value):
         kind = type(value).__name__
-        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)
+                  if not (f.metadata.get("later") and getattr(value, f.name) == f.default)}
         return {"kind_of": kind, **fields} if kind in TAGGED else fields
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}

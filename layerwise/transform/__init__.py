@@ -3,6 +3,7 @@
 from layerwise.registry import Registry
 
 TRANSFORMS = Registry("transform", {
+    "cache-precision": "layerwise.transform.cache_precision:CachePrecision",
     "drop": "layerwise.transform.drop:Drop",
     "learn-rotation": "layerwise.transform.learn_rotation:LearnRotation",
     "low-rank": "layerwise.transform.low_rank:LowRank",

@@ -18,7 +18,7 @@ from layerwise.export import EXPORTS
 from layerwise.export.source import Source as Exported
 from layerwise.measure.engine import measure
 from layerwise.measure.marginal import Undoing
-from layerwise.measure.response import Response
+from layerwise.measure.response import CACHES, Response
 from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
 from layerwise.report.decide import Decide, asked
 from layerwise.report.layers import kept_layers, layer_changes
@@ -163,7 +163,7 @@ def test_sharing_is_offered_where_the_cache_or_hard_budgets_ask_for_it(stack: De
     def labels(budget: Budget) -> set[str]:
         return {item.label for item in defaults_for(budget, stack.spec)}
 
-    assert labels(Budget(cache="50%")) == {"keep", "kv_heads 1", *SHARES, "drop attention"}
+    assert labels(Budget(cache="50%")) == {"keep", *CACHES, "kv_heads 1", *SHARES, "drop attention"}
     assert labels(Budget(cache="50%", bytes="60%")) >= {"8/row=", *SHARES} and "drop" not in labels(
         Budget(cache="50%", bytes="60%"))
     assert labels(Budget(bytes="10%")) >= {"drop", *SHARES}

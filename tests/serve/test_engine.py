@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import layerwise as lw
+from layerwise.allocate.apply import apply
+from layerwise.allocate.plan import Edit, Plan
 from layerwise.errors import BadData, BadModel, BadOption
-from layerwise.nets.flow import Flow
 from layerwise.serve.engine import Engine, layered
-from layerwise.serve.pool import POOLS, CodedPool
 from layerwise.serve.request import Params, QueueFull, Request, TooLong
-from layerwise.serve.table import Precision, layer_table
-from layerwise.spec import Attention
+from layerwise.serve.table import layer_table
+from layerwise.spec import Precision
 from layerwise.stack import ModuleStack
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
@@ -177,21 +177,15 @@ def test_coded_caches_are_what_a_plain_pass_over_coded_keys_sees(precision: Prec
     stack, asked = random_stack(2), prompts(5, seed=2)
     stack.decoder.double()  # so exact that the order of sums changes no code
 
-    class Coded(Flow):
-        def attend(self, a: Attention, layer: int, q: Tensor, *new: Tensor | None) -> Tensor:
-            coded = (pool.decode(pool.encode(x.float())).double() for x in new if x is not None)
-            return super().attend(a, layer, q, *coded)
-
-    pool = POOLS[precision](1, 1, 1, 16, torch.float32, torch.device("cpu"))
-    assert isinstance(pool, CodedPool)
+    coded = apply(stack, Plan(stack.spec.fingerprint(), 2, tuple(
+        Edit(layer, "cache-precision", {"precision": precision}) for layer in range(2))))
     table = layer_table(stack.spec, precision=precision)
     engine = Engine(stack, table=table, **{"cache_tokens": 1024} | SETTINGS[setting])
+    assert layer_table(coded.spec) == table
     found = serve(engine, asked, Params(max_tokens=6, prompt_logprobs=True))
     for completion, prompt in zip(found, asked, strict=True):
         tokens_T = torch.tensor([*prompt, *completion.tokens])
-        start = stack.start(tokens_T[None])
-        coded = dataclasses.replace(start, shared=Coded(start.shared.positions_BT))
-        logs_TV = stack.finish(stack.run(coded))[0].log_softmax(-1)
+        logs_TV = coded(tokens_T[None])[0].log_softmax(-1)
         expected = logs_TV[:-1].gather(1, tokens_T[1:, None])[:, 0]
         scores = torch.tensor([score.logprob for score in completion.prompt_logprobs])
         torch.testing.assert_close(scores, expected.float()[: len(scores)], rtol=0, atol=1e-5)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from layerwise.errors import BadOption
-from layerwise.serve.pool import POOLS, Int4Pool, Pool
+from layerwise.nets.key_codes import KEY_CODES
+from layerwise.serve.pool import POOLS, Pool
 from layerwise.serve.runner import Runner
-from layerwise.serve.table import Precision, layer_table
-from layerwise.spec import Attention
+from layerwise.serve.table import layer_table
+from layerwise.spec import Attention, Precision
 from layerwise.testing.stacks import random_stack
 from tests.serve.plain import FULL
 
@@ -30,7 +31,7 @@ def numbers(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
 
 def test_four_bits_are_sixteen_values_between_the_ends() -> None:
     x_D = torch.arange(16.0).repeat(2) - 3
-    packed, low_G, step_G = Int4Pool(1, 1, 1, 32, torch.float32, torch.device("cpu")).encode(x_D)
+    packed, low_G, step_G = KEY_CODES["int4"].encode(x_D)
     assert packed.tolist() == [value * 17 for value in range(16)]  # halves lie in the low and in the high bits
     assert (low_G.tolist(), step_G.tolist()) == ([-3.0], [1.0])
 

@@ -1,0 +1,113 @@
+"""Caches of integers as a choice: what they are predicted to lose is what they lose, and they are served as planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from layerwise.allocate.apply import apply
+from layerwise.allocate.budget import Budget
+from layerwise.allocate.plan import Edit
+from layerwise.errors import BadOption, BadPlan
+from layerwise.export import EXPORTS
+from layerwise.export.source import Source as Exported
+from layerwise.measure.engine import measure
+from layerwise.measure.response import CACHES, Response
+from layerwise.report.alternatives import parse_alternatives, reading, trying
+from layerwise.report.decide import Decide, asked
+from layerwise.report.layers import kept_layers, layer_changes
+from layerwise.serve.engine import Engine
+from layerwise.serve.pool import Int4Pool, Int8Pool
+from layerwise.serve.request import Params
+from layerwise.serve.table import layer_table
+from layerwise.spec import Attention, FeedForward, LayerSpec, StackSpec
+from layerwise.stack.decoder import DecoderStack
+from layerwise.stack.open import open
+from layerwise.testing.stacks import random_stack
+from tests.report.test_cache_budget import by_hand, text
+from tests.serve.plain import greedy, prompts, serve
+
+
+@pytest.fixture(scope="module")
+def stack() -> DecoderStack:
+    return random_stack(6)
+
+
+@pytest.fixture(scope="module")
+def slim(stack: DecoderStack) -> DecoderStack:
+    decide = asked(Budget(cache="28%"), stack.spec, ["cache"])
+    scores = measure(stack, text(), trying(decide.alternatives), progress=False)
+    return apply(stack, decide(scores, "milp"))
+
+
+@pytest.mark.parametrize("part", CACHES)
+def test_a_trial_loses_what_the_plan_loses(stack: DecoderStack, part: str) -> None:
+    found = measure(stack, text(), [Response(False, (), (), None, caches=tuple(CACHES))], progress=False)
+    coded = apply(stack, by_hand(stack, Edit(4, "cache-precision", {"precision": CACHES[part]})))
+    was_BTV, is_BTV = (one(text().tokens_NT)[:, :-1].log_softmax(-1) for one in (stack, coded))
+    kl = float((was_BTV.exp() * (was_BTV - is_BTV)).sum(-1).mean())
+    assert kl > 0 and found[f"response:{part}"].values[4] == pytest.approx(kl, rel=1e-3)
+
+
+def test_a_budget_takes_the_harsher_code_where_it_costs_least(stack: DecoderStack, slim: DecoderStack) -> None:
+    """A token of a head of 16 numbers takes 64 bytes in float32, 20 in 8 bits, 12 in 4."""
+    kinds = [row.mixer.cache for row in slim.spec.rows if isinstance(row.mixer, Attention)]
+    assert set(kinds) == {"int8", "int4"}
+    assert slim.spec.cache_bytes() <= 0.28 * stack.spec.cache_bytes()
+    assert slim.origin is not None
+    changes = layer_changes(stack.spec, slim.spec, kept_layers(stack.spec, slim.origin[1]))
+    assert {change.got for change in changes[:6]} == {"cache int8", "cache int4"}
+
+
+def test_what_is_saved_serves_as_planned(slim: DecoderStack, tmp_path: Path) -> None:
+    again = open(slim.save(tmp_path / "model"))
+    assert isinstance(again, DecoderStack) and again.spec == slim.spec
+    engine = Engine(again, cache_tokens=2048, block=3, step_tokens=7)
+    assert {type(pool) for pool in engine.runner.pools} == {Int8Pool, Int4Pool}
+    assert sum(group.token_bytes for group in engine.table.groups) == slim.spec.cache_bytes()
+    asked = prompts(4)
+    for done, prompt in zip(serve(engine, asked, Params(max_tokens=10, temperature=0)), asked, strict=True):
+        assert list(done.tokens) == greedy(slim, prompt, 10)
+
+
+def test_what_the_command_line_says_comes_before_what_the_model_says(slim: DecoderStack) -> None:
+    assert {entry.precision for entry in layer_table(slim.spec, precision="int8").layers} == {"int8"}
+
+
+@pytest.mark.parametrize("target", [target for target in EXPORTS if target != "peft-ranks"])
+def test_exports_say_that_they_cannot(stack: DecoderStack, slim: DecoderStack, target: str, tmp_path: Path) -> None:
+    assert slim.origin is not None
+    folder, plan = stack.save(tmp_path / "model"), slim.origin[1].save(tmp_path / "plan.json")
+    with pytest.raises(BadOption, match="cannot express") as error:
+        EXPORTS[target]().write(Exported.open(folder, plan), tmp_path / "out")
+    assert "cache" in error.value.given
+
+
+def test_a_joint_plan_mixes_formats_and_caches() -> None:
+    stack = random_stack(4, dtype="bfloat16")
+    decide = Decide(Budget(cache="60%", bytes="60%"), parse_alternatives(["8", "4/16", "cache"], stack.spec))
+    scores = measure(stack, text(), trying(decide.alternatives), progress=False)
+    scores = scores.merge(measure(stack, text(6, 2), reading(decide.alternatives), progress=False))
+    plan = decide(scores, "milp")
+    edited = plan.edited(stack.spec)
+    assert edited.cache_bytes() <= 0.6 * stack.spec.cache_bytes() and edited.bytes() <= 0.6 * stack.spec.bytes()
+    assert {edit.transform for edit in plan.edits} == {"quantize", "cache-precision"}
+    assert apply(stack, plan, text(6, 2)).spec == edited
+
+
+def test_layers_that_have_none_or_cannot_are_left_out() -> None:
+    odd = LayerSpec(Attention(heads=2, kv_heads=1, head_dim=7, rope=None), FeedForward(width=32))
+    stack = random_stack(3, row=odd)
+    trials = {trial.part for trial in Response(False, (), (), None, caches=tuple(CACHES)).trials(stack)}
+    assert trials == {"cache int8"}
+    with pytest.raises(BadPlan, match="heads have 7 numbers"):
+        by_hand(stack, Edit(0, "cache-precision", {"precision": "int4"})).edited(stack.spec)
+
+
+def test_tables_without_such_caches_are_written_as_before(stack: DecoderStack, slim: DecoderStack) -> None:
+    """So that plans and scores made before for them still fit."""
+    assert "cache" not in stack.spec.to_json()["rows"][0]["mixer"]
+    assert slim.spec.to_json()["rows"][0]["mixer"]["cache"].startswith("int")
+    for one in (stack, slim):
+        assert StackSpec.from_json(one.spec.to_json()) == one.spec
