@@ -41,7 +41,8 @@ from layerwise.measure.output_error import OutputError
 from layerwise.measure.scores import Scores
 from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
 from layerwise.report.decide import Decide
-from layerwise.report.optimize import SHORT, calibration_text, parted
+from layerwise.report.optimize import calibration_text, parted
+from layerwise.report.refine import shortened
 from layerwise.report.tried import try_plans
 from layerwise.report.verify import compare_on, verification_text
 from layerwise.stack.decoder import DecoderStack
@@ -78,7 +79,7 @@ class Bench:
         assert isinstance(errors, OutputError)
         began = time.monotonic()
         journal = self.folder / "measured.jsonl"
-        scores = measure(self.stack, self.trial.shortened(SHORT), trying(self.whole), resume=journal)
+        scores = measure(self.stack, shortened(self.trial), trying(self.whole), resume=journal)
         middle = time.monotonic()
         scores = scores.merge(measure(self.stack, self.calibration, [replace(errors, ranks=RANKS)], resume=journal))
         self.seconds("trials", middle - began)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.measure.ending import kl
+from layerwise.measure.ending import Ending, kl
 from layerwise.measure.inputs import Inputs
 from layerwise.measure.progress import Progress
 from layerwise.measure.sweep import Walk
@@ -33,41 +33,42 @@ class Marginals:
     saved: dict[int | str, float]
 
 
-class Undoing:
-    """An edited model beside the original, before any edit is undone: `kl`, its divergence in nats per token.
+@torch.inference_mode()
+def divergence(before: DecoderStack, after: DecoderStack, data: Any, *, tokens: int | None = 256,
+               seed: int = 0) -> float:
+    """KL(before || after) in nats per token, at `tokens` positions of every row of `data` (None: all)."""
+    original, walk = _side_by_side(before, after, data, tokens, seed)
+    return kl(original, walk.originals[0])
 
-    The layers of `after` were the layers `kept` of `before`. Output is compared at `tokens` positions of every row
-    of `data` (None: all).
+
+@torch.inference_mode()
+def marginals(before: DecoderStack, after: DecoderStack, kept: Sequence[int], data: Any, *,
+              tokens: int | None = 256, seed: int = 0, progress: bool = False) -> Marginals:
+    """Marginals of `after`, whose layers were the layers `kept` of `before`; of dropped layers none is known.
+
+    Output is compared as in `divergence`.
     """
+    original, walk = _side_by_side(before, after, data, tokens, seed)
+    now = kl(original, walk.originals[0])
+    saved: dict[int | str, float] = {}
+    with Progress("undoing edits one by one", len(after), progress) as bar:
+        for layer, source in enumerate(kept):
+            row = _as_it_was(before.spec.rows[source], kept)
+            if row is not None and row != after.spec.rows[layer]:
+                saved[source] = now - kl(original, walk.ending(0, _block(before, source, row), layer))
+            walk.advance()
+            bar.step()
+    for table in TABLES:
+        if getattr(after.spec, f"{table}_format") != getattr(before.spec, f"{table}_format"):
+            restored = after.with_tables(after.spec, **{table: getattr(before.decoder, table)})
+            saved[table] = now - kl(original, walk.ending(0, restored, table))
+    return Marginals(now, saved)
 
-    @torch.inference_mode()
-    def __init__(self, before: DecoderStack, after: DecoderStack, kept: Sequence[int], data: Any, *,
-                 tokens: int | None = 256, seed: int = 0) -> None:
-        self.before, self.after, self.kept = before, after, kept
-        self._original = Walk(before, Inputs(before, data), [tokens], seed).originals[0]
-        self._walk = Walk(after, Inputs(after, data), [tokens], seed)
-        self.kl = kl(self._original, self._walk.originals[0])
 
-    @torch.inference_mode()
-    def marginals(self, progress: bool = False) -> Marginals:
-        """Undo the edits one by one, layer by layer and then the tables; of dropped layers none is known. Once."""
-        before, after, walk = self.before, self.after, self._walk
-        saved: dict[int | str, float] = {}
-        with Progress("undoing edits one by one", len(after), progress) as bar:
-            for layer, source in enumerate(self.kept):
-                row = _as_it_was(before.spec.rows[source], self.kept)
-                if row is not None and row != after.spec.rows[layer]:
-                    saved[source] = self._saved(_block(before, source, row), layer)
-                walk.advance()
-                bar.step()
-        for table in TABLES:
-            if getattr(after.spec, f"{table}_format") != getattr(before.spec, f"{table}_format"):
-                restored = after.with_tables(after.spec, **{table: getattr(before.decoder, table)})
-                saved[table] = self._saved(restored, table)
-        return Marginals(self.kl, saved)
-
-    def _saved(self, alternative: nn.Module | DecoderStack, place: int | str) -> float:
-        return self.kl - kl(self._original, self._walk.ending(0, alternative, place))
+def _side_by_side(before: DecoderStack, after: DecoderStack, data: Any, tokens: int | None,
+                  seed: int) -> tuple[Ending, Walk]:
+    original = Walk(before, Inputs(before, data), [tokens], seed).originals[0]
+    return original, Walk(after, Inputs(after, data), [tokens], seed)
 
 
 def _as_it_was(row: LayerSpec, kept: Sequence[int]) -> LayerSpec | None:

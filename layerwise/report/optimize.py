@@ -23,6 +23,7 @@ from layerwise.report.alternatives import calibrated, reading, trying
 from layerwise.report.decide import Decide, asked
 from layerwise.report.heal import heal_in, load_healing
 from layerwise.report.layers import kept_layers
+from layerwise.report.refine import shortened
 from layerwise.report.report import Report
 from layerwise.report.run import Run
 from layerwise.report.surrogates import rank_agreement, sentence
@@ -39,9 +40,6 @@ Tell = Callable[[str], None]
 BLOCKS, LENGTH = 18, 512
 TRIAL = 2
 """Blocks of those kept apart from what transforms read, to measure losses on."""
-
-SHORT = 256
-"""Tokens of such a block on which single changes are tried; whole plans are measured on all of it."""
 
 PICTURES = 128
 
@@ -208,8 +206,7 @@ def measured_for(
     With `decide`, which makes the plan that would be chosen, parts left out may be tried on some of the text only.
     """
     journal = run.path("measured.jsonl")
-    if isinstance(trial, TextData):
-        trial = trial.shortened(SHORT)
+    trial = shortened(trial)
     *cheap, response = trying(alternatives)
     assert isinstance(response, Response)
     early = decide if len(trial) > LEAST and (response.drops or response.shares) else None

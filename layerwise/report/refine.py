@@ -16,7 +16,7 @@ import numpy as np
 from layerwise.allocate.apply import apply
 from layerwise.allocate.plan import Plan
 from layerwise.data.text import TextData
-from layerwise.measure.marginal import Marginals, Undoing
+from layerwise.measure.marginal import Marginals, divergence, marginals
 from layerwise.measure.scores import Column, Scores
 from layerwise.report.layers import kept_layers
 from layerwise.stack.decoder import DecoderStack
@@ -24,6 +24,9 @@ from layerwise.stack.decoder import DecoderStack
 ROUNDS = 3
 TOLERANCE = 0.1
 """Relative difference of predicted and measured loss at which they agree."""
+
+SHORT = 256
+"""Tokens of a block on which single changes are tried, or undone; whole plans are measured on all of it."""
 
 STEP = 4.0
 """A response is corrected by at most this factor in one round."""
@@ -62,14 +65,21 @@ def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan]
         if any(plan.edits == earlier.plan.edits for earlier in found):
             break
         slim = apply(stack, plan, calibration)
-        undoing = Undoing(stack, slim, kept_layers(stack.spec, plan), trial, seed=seed)
-        found.append(Round(plan, slim.spec.bytes(), plan.predicted["loss"], undoing.kl, floor))
-        tell(f"round {number}: predicted {found[-1].predicted + floor:.4f}, measured {undoing.kl:.4f} nats/token")
+        measured = divergence(stack, slim, trial, seed=seed)
+        found.append(Round(plan, slim.spec.bytes(), plan.predicted["loss"], measured, floor))
+        tell(f"round {number}: predicted {found[-1].predicted + floor:.4f}, measured {measured:.4f} nats/token")
         last = number == rounds or found[-1].agrees
-        if last or undoing.kl > min(earlier.measured for earlier in found):
+        if last or measured > min(earlier.measured for earlier in found):
             break
-        scores = corrected(scores, plan, undoing.marginals(progress), floor)
+        kept = kept_layers(stack.spec, plan)
+        undone = marginals(stack, slim, kept, shortened(trial), seed=seed, progress=progress)
+        scores = corrected(scores, plan, replace(undone, kl=measured), floor)
     return found
+
+
+def shortened(trial: TextData) -> TextData:
+    """The text on which single changes are tried."""
+    return trial.shortened(SHORT) if isinstance(trial, TextData) else trial
 
 
 def corrected(scores: Scores, plan: Plan, seen: Marginals, floor: float = 0.0) -> Scores:

@@ -17,7 +17,7 @@ from layerwise.errors import BadOption
 from layerwise.export import EXPORTS
 from layerwise.export.source import Source as Exported
 from layerwise.measure.engine import measure
-from layerwise.measure.marginal import Undoing
+from layerwise.measure.marginal import marginals
 from layerwise.measure.response import CACHES, Response
 from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
 from layerwise.report.decide import Decide, asked
@@ -153,8 +153,8 @@ def test_undoing_an_edit_finds_the_keys_that_it_read_before(stack: DecoderStack)
     gone, packed = Edit(0, "drop"), Edit(3, "quantize", {"bits": 3, "group": 16, "symmetric": False})
     both, one = (apply(before, by_hand(before, *edits)) for edits in ((gone, packed), (gone,)))
     kept = [1, 2, 3, 4, 5]
-    found = Undoing(before, both, kept, text(), tokens=None).marginals()
-    alone = Undoing(before, one, kept, text(), tokens=None).marginals()
+    found = marginals(before, both, kept, text(), tokens=None)
+    alone = marginals(before, one, kept, text(), tokens=None)
     assert set(found.saved) == {3} and alone.saved == {}
     assert found.saved[3] == pytest.approx(found.kl - alone.kl, rel=1e-4)
 
