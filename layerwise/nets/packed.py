@@ -33,7 +33,7 @@ ALIGNMENT = 32
 """Bytes; the int8 kernel loads codes by 16 and x by 32."""
 
 CHUNK = 1 << 20
-"""Weights dequantised at a time, so that the float32 intermediate stays in cache."""
+"""Weights dequantised or packed at a time, so that what is needed meanwhile stays in cache."""
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -107,8 +107,9 @@ class PackedMatrix(nn.Module):
         if self._direct:
             self.codes = (codes_OI - middle).contiguous().view(torch.int8)
         else:
-            codes_OI = F.pad(codes_OI, (0, self._padded - self.in_features), value=middle)
-            self.codes = pack(codes_OI, self.format.bits)
+            parts = codes_OI.split(max(1, CHUNK // self._padded))
+            missing = self._padded - self.in_features
+            self.codes = torch.cat([pack(F.pad(part, (0, missing), value=middle), self.format.bits) for part in parts])
         self.scale = self._storable(scale_OG, signed=False)
         self.zero = None if zero_OG is None else self._storable(zero_OG, signed=True)
 
