@@ -54,6 +54,8 @@ NAMES = {"llama": LLAMA, "mixtral": MIXTRAL, "qwen2": LLAMA, "qwen3": LLAMA, "qw
 ARCHITECTURES = {"llama": "llama", "deci": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe",
                  "gemma3": "gemma3_text", "gpt2": "gpt2"}
 WIDTHS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+SIZES = ("hidden_size", "n_embd", "intermediate_size", "n_inner", "num_attention_heads", "n_head",
+         "num_key_value_heads", "head_dim", "moe_intermediate_size")
 IGNORED = {"rope_freqs"}
 TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+?)(?P<stack>_exps)?(?:\.(?P<expert>\d+))?"
                     r"\.(?P<kind>weight|bias)")
@@ -185,6 +187,10 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
     except KeyError as error:
         raise BadFile(f"{file.path} lacks the metadata or tensor {error}",
                       expected=f"what {architecture} needs", do="fetch the file again") from error
+    for key in SIZES:
+        if config.get(key, 1) < 1 and not (key == "intermediate_size" and "num_experts" in config):
+            raise BadFile(f"{file.path} says that {key} is {config[key]}", expected="1 or more",
+                          do="fetch the file again")
     ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     found = {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in ids.items()}
     return config | {key: value for key, value in found.items() if value is not None}
