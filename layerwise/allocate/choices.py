@@ -16,7 +16,7 @@ from layerwise.errors import BadOption
 from layerwise.measure.output_error import ROTATED, kept_units, units_of
 from layerwise.measure.scores import Scores
 from layerwise.nets.decoder import MATRICES
-from layerwise.spec import Format, LayerSpec, StackSpec
+from layerwise.spec import Attention, Format, LayerSpec, StackSpec
 from layerwise.transform.learn_rotation import rotatable
 
 TABLE_BITS = (8, 6, 4)
@@ -221,8 +221,8 @@ def _half(layer: int, matrices: Sequence[str], alternatives: Sequence[Alternativ
         edited = edited_row(row, spec.hidden, here.transform, here.arguments)
         if option is None or edited is None:
             continue
-        if linked and part == "attention" and here.transform != "cache-precision":
-            option = replace(option, keys=str(here.arguments.get("source", "none")))
+        if linked and part == "attention":
+            option = replace(option, keys=_keys(row, edited))
         if here.transform == "drop":
             found.append(option)
             continue
@@ -262,6 +262,16 @@ def _changes(alternative: Alternative, part: str, row: LayerSpec) -> bool:
     if alternative.transform == "narrow":
         return ("width" in alternative.arguments) == (part == "feed_forward")
     return alternative.transform in KEYS and part == "attention"
+
+
+def _keys(before: LayerSpec, after: LayerSpec) -> str:
+    """What a changed layer does about keys, as `Option.keys` says it."""
+    old, new = before.mixer, after.mixer
+    if not isinstance(old, Attention) or not isinstance(new, Attention):
+        return "none"
+    if new.shares is not None:
+        return str(new.shares)
+    return "" if (new.kv_heads, new.head_dim) == (old.kv_heads, old.head_dim) else "none"
 
 
 def _mixture(layer: int, row: LayerSpec, option: Option, base: Cost, hidden: int) -> Choice:

@@ -216,7 +216,7 @@ def _gpt2(file: GGUFFile) -> dict[str, Any]:
 def _llama_like(file: GGUFFile, architecture: str) -> dict[str, Any]:
     data = {key.removeprefix(f"{architecture}."): value for key, value in file.metadata.items()}
     heads = _largest(data["attention.head_count"])
-    width = data.get("attention.key_length") or data["embedding_length"] // heads
+    width = data.get("attention.key_length") or data["embedding_length"] // max(heads, 1)  # none is refused below
     config = _common(file) | {
         "model_type": ARCHITECTURES[architecture], "num_hidden_layers": data["block_count"],
         "hidden_size": data["embedding_length"], "intermediate_size": _largest(data.get("feed_forward_length", 0)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from layerwise.allocate.solve import allocate
 from layerwise.errors import BadBudget, BadFile, BadPlan
 from layerwise.io import atomic
 from layerwise.measure.identity import identity
-from layerwise.measure.marginal import divergence, marginals
+from layerwise.measure.marginal import divergence
 from layerwise.measure.scores import Scores
 from layerwise.report.alternatives import calibrated, defaults_for, parse_alternatives
-from layerwise.report.layers import kept_layers
 from layerwise.report.optimize import Tell, calibration_text, measured_for, opened, parted
-from layerwise.report.refine import corrected, shortened
+from layerwise.report.refine import corrected, undone
 from layerwise.report.run import Run
 
 SHARES = (0.6, 0.5, 0.4, 0.35, 0.3, 0.25)
@@ -79,12 +78,10 @@ def frontier(
     def point(share: float, scores: Scores) -> tuple[Point, Scores]:
         plan = allocate(scores, Budget(bytes=share), alternatives=alternatives, seed=seed)
         slim = apply(stack, plan, calibration)
-        kept = kept_layers(stack.spec, plan)
-        undone = marginals(stack, slim, kept, shortened(trial), seed=seed, progress=progress)
-        seen = replace(undone, kl=divergence(stack, slim, trial, seed=seed))
-        tell(f"{share:.0%}: {slim.spec.bytes() / 1e6:.1f} MB, KL {seen.kl:.4f} nats/token")
-        found = Point(share, slim.spec.bytes(), plan.predicted["loss"] + floor, seen.kl, plan)
-        return found, corrected(scores, plan, seen, floor)
+        kl = divergence(stack, slim, trial, seed=seed)
+        tell(f"{share:.0%}: {slim.spec.bytes() / 1e6:.1f} MB, KL {kl:.4f} nats/token")
+        found = Point(share, slim.spec.bytes(), plan.predicted["loss"] + floor, kl, plan)
+        return found, corrected(scores, plan, undone(stack, slim, plan, trial, kl, seed, progress), floor)
 
     points: list[Point] = []
     for share in ordered:

@@ -71,15 +71,21 @@ def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan]
         last = number == rounds or found[-1].agrees
         if last or measured > min(earlier.measured for earlier in found):
             break
-        kept = kept_layers(stack.spec, plan)
-        undone = marginals(stack, slim, kept, shortened(trial), seed=seed, progress=progress)
-        scores = corrected(scores, plan, replace(undone, kl=measured), floor)
+        scores = corrected(scores, plan, undone(stack, slim, plan, trial, measured, seed, progress), floor)
     return found
 
 
 def shortened(trial: TextData) -> TextData:
     """The text on which single changes are tried."""
     return trial.shortened(SHORT) if isinstance(trial, TextData) else trial
+
+
+def undone(stack: DecoderStack, slim: DecoderStack, plan: Plan, trial: TextData, measured: float, seed: int,
+           progress: bool) -> Marginals:
+    """What undoing each edit saves, on the text on which changes are tried, of what was `measured` on all of it."""
+    kept = kept_layers(stack.spec, plan)
+    found = marginals(stack, slim, kept, shortened(trial), seed=seed, progress=progress)
+    return replace(found, kl=measured)
 
 
 def corrected(scores: Scores, plan: Plan, seen: Marginals, floor: float = 0.0) -> Scores:

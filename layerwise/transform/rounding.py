@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import BadModel
+from layerwise.io.weights import is_finite
 from layerwise.nets.row_scales import nearest_value, steps_of
 from layerwise.spec import Format
 
@@ -135,9 +136,8 @@ def joined(parts: list[Rounded]) -> Rounded:
 
 def check_finite(weight_OI: Tensor, what: str) -> None:
     """Raises BadModel where a weight is NaN or infinite."""
-    parts = weight_OI.split(max(1, CHUNK // weight_OI.shape[1]))  # the test takes as much memory as what it tests
-    bad = sum(int(part_OI.numel() - part_OI.isfinite().sum()) for part_OI in parts)
-    if bad:
+    if not is_finite(weight_OI):
+        bad = int(weight_OI.numel() - weight_OI.isfinite().sum())
         raise BadModel(f"{bad} of {weight_OI.numel()} weights of {what} are NaN or infinite",
                        expected="finite weights", do="repair or retrain the model, or download it again")
 

@@ -167,6 +167,17 @@ def test_a_flipped_bit_in_the_header_gives_a_model_or_one_clear_error(
         read(beside)
 
 
+def test_a_size_of_zero_is_named(whole_file: tuple[Path, int], tmp_path: Path) -> None:
+    data = whole_file[0].read_bytes()
+    for key in ("llama.attention.head_count", "llama.feed_forward_length"):
+        name = struct.pack("<Q", len(key)) + key.encode()
+        place = data.index(name) + len(name) + 4  # behind the type
+        broken = data[:place] + struct.pack("<I", 0) + data[place + 4 :]
+        (tmp_path / "model.gguf").write_bytes(broken)
+        with pytest.raises(BadFile, match="is 0"):
+            read(tmp_path / "model.gguf")
+
+
 def test_an_unknown_architecture_says_what_to_do(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "mamba")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))

@@ -47,6 +47,36 @@ def by_hand(stack: DecoderStack, *edits: Edit) -> Plan:
     return Plan(stack.spec.fingerprint(), len(stack), edits)
 
 
+def planned(stack: DecoderStack, cache: str, only: str) -> DecoderStack:
+    """The stack with that much of its cache, by one currency."""
+    decide = asked(Budget(cache=cache), stack.spec, [only])
+    scores = measure(stack, text(), trying(decide.alternatives), progress=False)
+    return apply(stack, decide(scores, "milp"))
+
+
+def lost(stack: DecoderStack, edit: Edit) -> float:
+    """KL(original || edited), nats per token, from all predictions."""
+    edited = apply(stack, by_hand(stack, edit))
+    was_BTV, is_BTV = (one(text().tokens_NT)[:, :-1].log_softmax(-1) for one in (stack, edited))
+    return float((was_BTV.exp() * (was_BTV - is_BTV)).sum(-1).mean())
+
+
+def refusal(stack: DecoderStack, slim: DecoderStack, target: str, folder: Path) -> str:
+    """What an export says of a plan that it cannot express."""
+    assert slim.origin is not None
+    model, plan = stack.save(folder / "model"), slim.origin[1].save(folder / "plan.json")
+    with pytest.raises(BadOption, match="cannot express") as error:
+        EXPORTS[target]().write(Exported.open(model, plan), folder / "out")
+    return error.value.given
+
+
+def check_served(engine: Engine, stack: DecoderStack) -> None:
+    """The engine gives the tokens that the stack gives by itself."""
+    asked = prompts(4)
+    for done, prompt in zip(serve(engine, asked, Params(max_tokens=10, temperature=0)), asked, strict=True):
+        assert list(done.tokens) == greedy(stack, prompt, 10)
+
+
 @pytest.fixture(scope="module")
 def stack() -> DecoderStack:
     return random_stack(6)
@@ -55,17 +85,13 @@ def stack() -> DecoderStack:
 @pytest.fixture(scope="module")
 def slim(stack: DecoderStack) -> DecoderStack:
     """Half the cache, by sharing only."""
-    decide = asked(Budget(cache="50%"), stack.spec, ["share"])
-    scores = measure(stack, text(), trying(decide.alternatives), progress=False)
-    return apply(stack, decide(scores, "milp"))
+    return planned(stack, "50%", "share")
 
 
 @pytest.mark.parametrize(("layer", "part", "source"), [(1, "share 1", 0), (4, "share 1", 3), (4, "share 2", 2)])
 def test_a_trial_loses_what_the_plan_loses(stack: DecoderStack, layer: int, part: str, source: int) -> None:
     found = measure(stack, text(), [Response(False, (), (), None, SHARES)], progress=False)
-    shared = apply(stack, by_hand(stack, Edit(layer, "share-kv", {"source": source})))
-    was_BTV, is_BTV = (one(text().tokens_NT)[:, :-1].log_softmax(-1) for one in (stack, shared))
-    kl = float((was_BTV.exp() * (was_BTV - is_BTV)).sum(-1).mean())
+    kl = lost(stack, Edit(layer, "share-kv", {"source": source}))
     assert found[f"response:{part}"].values[layer] == pytest.approx(kl, rel=1e-4)
 
 
@@ -121,11 +147,7 @@ def test_saved_plans_and_models_are_the_same(stack: DecoderStack, slim: DecoderS
 @pytest.mark.parametrize("target", [target for target in EXPORTS if target != "peft-ranks"])
 def test_exports_say_that_they_cannot(stack: DecoderStack, slim: DecoderStack, target: str, tmp_path: Path) -> None:
     """PEFT's file says ranks only, of which there are none."""
-    assert slim.origin is not None
-    folder, plan = stack.save(tmp_path / "model"), slim.origin[1].save(tmp_path / "plan.json")
-    with pytest.raises(BadOption, match="cannot express") as error:
-        EXPORTS[target]().write(Exported.open(folder, plan), tmp_path / "out")
-    assert "share" in error.value.given
+    assert "share" in refusal(stack, slim, target, tmp_path)
 
 
 @pytest.mark.parametrize("edits", [
@@ -134,10 +156,7 @@ def test_exports_say_that_they_cannot(stack: DecoderStack, slim: DecoderStack, t
 def test_the_engine_gives_the_tokens_of_the_stack(stack: DecoderStack, slim: DecoderStack,
                                                   edits: tuple[Edit, ...]) -> None:
     shared = apply(stack, by_hand(stack, *edits)) if edits else slim
-    engine = Engine(shared, cache_tokens=2048, block=3, step_tokens=7)
-    asked = prompts(4)
-    for done, prompt in zip(serve(engine, asked, Params(max_tokens=10, temperature=0)), asked, strict=True):
-        assert list(done.tokens) == greedy(shared, prompt, 10)
+    check_served(Engine(shared, cache_tokens=2048, block=3, step_tokens=7), shared)
 
 
 def test_layers_are_named_as_before_where_others_are_gone(stack: DecoderStack) -> None:

@@ -9,24 +9,21 @@ import pytest
 from layerwise.allocate.apply import apply
 from layerwise.allocate.budget import Budget
 from layerwise.allocate.plan import Edit
-from layerwise.errors import BadOption, BadPlan
+from layerwise.errors import BadPlan
 from layerwise.export import EXPORTS
-from layerwise.export.source import Source as Exported
 from layerwise.measure.engine import measure
 from layerwise.measure.response import CACHES, Response
 from layerwise.report.alternatives import parse_alternatives, reading, trying
-from layerwise.report.decide import Decide, asked
+from layerwise.report.decide import Decide
 from layerwise.report.layers import kept_layers, layer_changes
 from layerwise.serve.engine import Engine
 from layerwise.serve.pool import Int4Pool, Int8Pool
-from layerwise.serve.request import Params
 from layerwise.serve.table import layer_table
 from layerwise.spec import Attention, FeedForward, LayerSpec, StackSpec
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.open import open
 from layerwise.testing.stacks import random_stack
-from tests.report.test_cache_budget import by_hand, text
-from tests.serve.plain import greedy, prompts, serve
+from tests.report.test_cache_budget import by_hand, check_served, lost, planned, refusal, text
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +33,13 @@ def stack() -> DecoderStack:
 
 @pytest.fixture(scope="module")
 def slim(stack: DecoderStack) -> DecoderStack:
-    decide = asked(Budget(cache="28%"), stack.spec, ["cache"])
-    scores = measure(stack, text(), trying(decide.alternatives), progress=False)
-    return apply(stack, decide(scores, "milp"))
+    return planned(stack, "28%", "cache")
 
 
 @pytest.mark.parametrize("part", CACHES)
 def test_a_trial_loses_what_the_plan_loses(stack: DecoderStack, part: str) -> None:
     found = measure(stack, text(), [Response(False, (), (), None, caches=tuple(CACHES))], progress=False)
-    coded = apply(stack, by_hand(stack, Edit(4, "cache-precision", {"precision": CACHES[part]})))
-    was_BTV, is_BTV = (one(text().tokens_NT)[:, :-1].log_softmax(-1) for one in (stack, coded))
-    kl = float((was_BTV.exp() * (was_BTV - is_BTV)).sum(-1).mean())
+    kl = lost(stack, Edit(4, "cache-precision", {"precision": CACHES[part]}))
     assert kl > 0 and found[f"response:{part}"].values[4] == pytest.approx(kl, rel=1e-3)
 
 
@@ -66,9 +59,7 @@ def test_what_is_saved_serves_as_planned(slim: DecoderStack, tmp_path: Path) -> 
     engine = Engine(again, cache_tokens=2048, block=3, step_tokens=7)
     assert {type(pool) for pool in engine.runner.pools} == {Int8Pool, Int4Pool}
     assert sum(group.token_bytes for group in engine.table.groups) == slim.spec.cache_bytes()
-    asked = prompts(4)
-    for done, prompt in zip(serve(engine, asked, Params(max_tokens=10, temperature=0)), asked, strict=True):
-        assert list(done.tokens) == greedy(slim, prompt, 10)
+    check_served(engine, slim)
 
 
 def test_what_the_command_line_says_comes_before_what_the_model_says(slim: DecoderStack) -> None:
@@ -77,11 +68,7 @@ def test_what_the_command_line_says_comes_before_what_the_model_says(slim: Decod
 
 @pytest.mark.parametrize("target", [target for target in EXPORTS if target != "peft-ranks"])
 def test_exports_say_that_they_cannot(stack: DecoderStack, slim: DecoderStack, target: str, tmp_path: Path) -> None:
-    assert slim.origin is not None
-    folder, plan = stack.save(tmp_path / "model"), slim.origin[1].save(tmp_path / "plan.json")
-    with pytest.raises(BadOption, match="cannot express") as error:
-        EXPORTS[target]().write(Exported.open(folder, plan), tmp_path / "out")
-    assert "cache" in error.value.given
+    assert "cache" in refusal(stack, slim, target, tmp_path)
 
 
 def test_a_joint_plan_mixes_formats_and_caches() -> None:
