@@ -2,9 +2,9 @@
 
 p_l is the softmax of final norm and head on h_l + A_l h_l + b_l, with h_l the residual stream that enters layer l, and
 A_l, b_l fitted so that the result is what leaves the last layer, h_L. Source: the tuned lens (Belrose et al. 2023,
-arXiv 2303.08112). This is the closed-form variant: there translators learn the divergence itself by gradient descent,
-here they solve the least squares of h_L - h_l with a ridge, which pulls them towards the plain lens. So long states
-count for more, and the divergence is not the smallest that an affine map can reach.
+arXiv 2303.08112). There translators learn the divergence itself by gradient descent; here they solve the least squares
+of h_L - h_l with a ridge, which pulls them towards the plain lens. So long states count for more, and the divergence is
+not the smallest that an affine map can reach: with `steps` they go on from there as in the paper (`learned_lens.py`).
 
 Columns: the divergence; `logit-lens`, the same without the map; `settled`, the share of positions whose likeliest token
 at this layer's input and at every later one is the model's own. Half of the rows fit the map that the other half is
@@ -29,6 +29,7 @@ from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.measure.base import Walk
 from layerwise.measure.ending import CHUNK
 from layerwise.measure.inputs import Input, Inputs
+from layerwise.measure.learned_lens import learned
 from layerwise.measure.linear_map import ridged, with_one
 from layerwise.measure.logit_lens_kl import divergence
 from layerwise.measure.progress import Progress
@@ -47,11 +48,12 @@ class TunedLens(Walk):
 
     ridge: float = 1e-2
     tokens: int = 32
+    steps: int = 0
 
     name: ClassVar[str] = "tuned-lens"
     unit: ClassVar[str] = "nats"
     important: ClassVar[Direction] = "high"
-    about: ClassVar[str] = "how far from final the best linear reading of what enters the layer is (closed form)"
+    about: ClassVar[str] = "how far from final a linear reading of what enters the layer is, learned on other text"
     slow: ClassVar[bool] = True
 
     @property
@@ -59,9 +61,9 @@ class TunedLens(Walk):
         return {"": self.unit, "logit-lens": self.unit, "settled": "share"}
 
     def check(self, inputs: Inputs) -> None:
-        if not (self.ridge > 0 and self.tokens > 0):
-            raise BadOption(f"ridge={self.ridge}, tokens={self.tokens} for {self.name}", expected="both above zero",
-                            do="take the defaults")
+        if not (self.ridge > 0 and self.tokens > 0 and self.steps >= 0):
+            raise BadOption(f"ridge={self.ridge}, tokens={self.tokens}, steps={self.steps} for {self.name}",
+                            expected="ridge and tokens above zero, steps from zero", do="take the defaults")
         items = list(inputs)
         if not all(sum(map(len, self._places(items, half, 0)[0])) for half in _halves(items)):
             raise BadData("texts of one token, or one text only", expected="two different rows of several tokens",
@@ -77,14 +79,26 @@ class TunedLens(Walk):
             raise BadModel(f"the last states of {stack.name} are NaN or infinite", expected="finite activations",
                            do="check the weights, or compute in float32")
         states = [item.start(stack) for item in items]
+        orders = [_order(items, fitted) for fitted, _ in halves]
         plain, tuned = [], []
         for layer in range(len(stack)):
-            maps = [translator(states, last, fitted, self.ridge) for fitted, _ in halves]
+            maps = [self._map(stack, states, last, fitted, order_N, seed)
+                    for (fitted, _), order_N in zip(halves, orders, strict=True)]
             read = [_rows(states, scored) for _, scored in halves]
             plain.append(torch.cat(read))
             tuned.append(torch.cat([translated(*pair) for pair in zip(read, maps[::-1], strict=True)]))
             states = _advanced(stack, states, layer, progress)
         return self._columns(stack, last[0], plain, tuned, torch.cat([_rows(last, scored) for _, scored in halves]))
+
+    def _map(self, stack: Stack, states: States, last: States, fitted: Places, order_N: Tensor, seed: int) -> Tensor:
+        """The translator from `states`, learned at the positions in `fitted`."""
+        map_CC = translator(states, last, fitted, self.ridge)
+        if not self.steps:
+            return map_CC
+        h_NC, final_NC = (_rows(some, fitted)[order_N.to(map_CC.device)] for some in (states, last))
+        rows = max(1, CHUNK // stack.spec.vocabulary)
+        return learned(lambda rows_PC: _reading(stack, last[0], rows_PC), h_NC, final_NC, map_CC, steps=self.steps,
+                       rows=rows, ridge=self.ridge, seed=seed)
 
     def _places(self, items: Sequence[Input], half: Sequence[Tensor], seed: int) -> tuple[Places, Places]:
         """Of the rows of one half (bool [B] by batch) all positions but each first, and the sample that is scored."""
@@ -103,18 +117,13 @@ class TunedLens(Walk):
         sums = {"": torch.zeros(len(stack), dtype=torch.float64), "logit-lens": torch.zeros(len(stack)).double()}
         same: list[Tensor] = []
         for place_P in torch.arange(len(final_PC)).split(max(1, CHUNK // stack.spec.vocabulary)):
-
-            def read(rows_PC: Tensor, place_P: Tensor = place_P) -> Reading:
-                rows_1PC = rows_PC[place_P].to(end.hidden)[None]
-                return Reading(stack.finish(end.moved(rows_1PC, len(stack)))[0])
-
-            own = read(final_PC)
+            own = _reading(stack, end, final_PC[place_P])
             agrees = []
             for layer in range(len(stack)):
-                reading = read(tuned[layer])
+                reading, bare = (_reading(stack, end, rows[layer][place_P]) for rows in (tuned, plain))
                 agrees.append((reading.top(1) == own.top(1))[:, 0])
                 sums[""][layer] += divergence(own, reading).sum().cpu()
-                sums["logit-lens"][layer] += divergence(own, read(plain[layer])).sum().cpu()
+                sums["logit-lens"][layer] += divergence(own, bare).sum().cpu()
             same.append(torch.stack(agrees).cpu())
         values = {part: total_L / len(final_PC) for part, total_L in sums.items()}
         values["settled"] = settled(torch.cat(same, 1)).double().mean(1)
@@ -131,6 +140,21 @@ def _halves(items: Sequence[Input]) -> tuple[list[Tensor], list[Tensor]]:
     place = {key: index for index, key in enumerate(sorted({key for batch in keys for key in batch}))}
     one = [torch.tensor([place[key] % 2 == 0 for key in batch]) for batch in keys]
     return one, [~half_B for half_B in one]
+
+
+def _order(items: Sequence[Input], places: Places) -> Tensor:
+    """Sorts the positions in `places` by the hashes of their rows, so that batches and their order do not matter."""
+    row_hashes: list[bytes] = []
+    for item, place_N in zip(items, places, strict=True):
+        assert item.tokens_BT is not None
+        keys = row_keys(item.tokens_BT, real(item.tokens_BT, item.mask_BT))
+        row_hashes += [keys[place // item.tokens_BT.shape[1]] for place in place_N.tolist()]
+    return torch.tensor(sorted(range(len(row_hashes)), key=row_hashes.__getitem__))
+
+
+def _reading(stack: Stack, end: State, rows_PC: Tensor) -> Reading:
+    """What the model would say if these were the states that leave its last layer."""
+    return Reading(stack.finish(end.moved(rows_PC.to(end.hidden)[None], len(stack)))[0])
 
 
 def translator(states: States, last: States, places: Places, ridge: float) -> Tensor:

@@ -271,23 +271,23 @@ def tried_chart(tried: Sequence[Mapping[str, Any]]) -> Figure:
     return plain(figure, 420)
 
 
-def frontier_chart(points: Sequence[Mapping[str, Any]]) -> Figure:
-    """Stored megabytes against divergence, predicted and measured; low and left is best."""
+def frontier_chart(points: Sequence[Mapping[str, Any]], unit: str, scale: float) -> Figure:
+    """Cost in units of `scale` against divergence, predicted and measured; low and left is best."""
     from plotly.graph_objects import Figure
 
     figure = Figure()
     for name, symbol, dash in (("measured", "circle", "solid"), ("predicted", "circle-open", "dot")):
         figure.add_scatter(
-            x=[point["bytes"] / 1e6 for point in points],
+            x=[point["cost"] / scale for point in points],
             y=[point[name] for point in points],
             text=[f"{point['share']:.0%}" for point in points],
             name=name,
             mode="lines+markers",
             line={"dash": dash},
             marker={"symbol": symbol, "size": 10},
-            hovertemplate="%{text}: %{x:.1f} MB, KL %{y:.4f} nats/token<extra></extra>",
+            hovertemplate=f"%{{text}}: %{{x:.1f}} {unit}, KL %{{y:.4f}} nats/token<extra></extra>",
         )
-    figure.update_xaxes(title_text="stored MB")
+    figure.update_xaxes(title_text=unit)
     figure.update_yaxes(title_text="KL, nats/token", type="log", tickformat="~g")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
     return plain(figure, 420)

@@ -94,15 +94,18 @@ def profile_page(scores: Scores, model: str) -> str:
     )
 
 
-def frontier_page(points: Sequence[Mapping[str, Any]], model: str, whole: int) -> str:
-    """What is lost at every size: a chart and a table. Each point has `share`, `bytes`, `measured`, `predicted`."""
+def frontier_page(points: Sequence[Mapping[str, Any]], model: str, whole: float, written: tuple[str, float]) -> str:
+    """What is lost at every share of a cost: a chart and a table.
+
+    Each point has `share`, `cost`, `measured` and `predicted`; costs are `written` in a unit of so much.
+    """
     from plotly.offline import get_plotlyjs
 
     return (
         _environment()
         .get_template("frontier.html")
-        .render(model=model, points=points, whole=whole, plotly=get_plotlyjs(),
-                figures={"frontier": _plain(charts.frontier_chart(points))})
+        .render(model=model, points=points, whole=whole, unit=written[0], scale=written[1], plotly=get_plotlyjs(),
+                figures={"frontier": _plain(charts.frontier_chart(points, *written))})
     )
 
 

@@ -41,7 +41,7 @@ def test_the_page_holds_every_point(done: tuple[Path, dict[str, object]]) -> Non
     text = Path(str(done[1]["report"])).read_text()
     points = done[1]["points"]
     assert isinstance(points, list)
-    assert all(f"{point['bytes'] / 1e6:.1f}" in text for point in points)
+    assert all(f"{point['cost'] / 1e6:.1f}" in text for point in points) and "<th scope=\"col\">MB</th>" in text
 
 
 def test_it_goes_on_from_what_is_finished(done: tuple[Path, dict[str, object]], model: Path) -> None:
@@ -49,6 +49,33 @@ def test_it_goes_on_from_what_is_finished(done: tuple[Path, dict[str, object]], 
     code, text = run("pareto", str(model), "--shares", "60,40,0.1", "-o", str(done[0]), "--json")
     assert code == 0 and "trying changes" not in text
     assert json.loads(text.splitlines()[-1])["points"] == done[1]["points"]
+
+
+def test_the_frontier_of_the_cache(model: Path, tmp_path: Path) -> None:
+    code, text = run("pareto", str(model), "--of", "cache", "--only", "cache", "--shares", "80,60,1",
+                     "-o", str(tmp_path / "run"), "--json")
+    assert code == 0 and "1% is left out" in text and "kB of cache a token" in text, text
+    spec, points = open(model).spec, json.loads(text.splitlines()[-1])["points"]
+    whole = sum(row.cache_bytes(spec.context, spec.dtype) for row in spec.rows)
+    assert [point["share"] for point in points] == [0.8, 0.6]
+    for point in points:
+        rows = Plan.load(point["plan"]).edited(spec).rows
+        assert sum(row.cache_bytes(spec.context, spec.dtype) for row in rows) == point["cost"] <= point["share"] * whole
+        assert point["bytes"] == spec.bytes()
+
+
+def test_points_of_another_version_are_told(done: tuple[Path, dict[str, object]], model: Path) -> None:
+    file = done[0] / "frontier" / "0.4.json"
+    kept = file.read_text()
+    file.write_text(json.dumps({name: value for name, value in json.loads(kept).items() if name != "cost"}))
+    code, text = run("pareto", str(model), "--shares", "60,40,0.1", "-o", str(done[0]))
+    file.write_text(kept)
+    assert code != 0 and "--fresh" in text
+
+
+def test_a_currency_that_is_none_is_refused(model: Path) -> None:
+    code, text = run("pareto", str(model), "--of", "money")
+    assert code != 0 and "--of money" in text and "cache" in text
 
 
 @pytest.mark.parametrize("shares", ["", "much", "0", "120"])

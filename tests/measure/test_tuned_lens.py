@@ -126,7 +126,24 @@ def test_more_positions_than_the_head_takes_at_once(narrow: DecoderStack, text_N
         assert parts[name].values == pytest.approx(column.values, rel=1e-6)
 
 
-@pytest.mark.parametrize("make", [TunedLens, lambda: TunedLens(ridge=0.1, tokens=3)])
+def test_learning_the_divergence_beats_least_squares_on_other_text() -> None:
+    stack = random_stack(3, hidden=16)
+    text_NT = torch.randint(97, (120, 40), generator=torch.Generator().manual_seed(5))
+    closed, learned = (measure(stack, text_NT, TunedLens(ridge=1e-6, steps=steps), progress=False)
+                       for steps in (0, 150))
+    assert all(after < before for after, before in
+               zip(learned["tuned-lens"].values, closed["tuned-lens"].values, strict=True))
+    assert learned["tuned-lens:logit-lens"].values == closed["tuned-lens:logit-lens"].values
+    assert all(weight.grad is None for weight in stack.decoder.parameters())
+
+
+def test_learning_stays_where_nothing_is_left_to_add(narrow: DecoderStack, text_NT: Tensor) -> None:
+    with narrow.skip(0), narrow.skip(1), narrow.skip(2):
+        found = measure(narrow, text_NT, TunedLens(steps=5), progress=False)
+    assert found["tuned-lens"].values == pytest.approx([0, 0, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize("make", [TunedLens, lambda: TunedLens(ridge=0.1, tokens=3), lambda: TunedLens(steps=3)])
 def test_the_contract(make: Callable[[], TunedLens]) -> None:
     check_instrument(make())
 
@@ -137,7 +154,7 @@ def test_bad_input_is_refused(narrow: DecoderStack, text_NT: Tensor) -> None:
     with pytest.raises(BadData, match="one text only"):
         measure(narrow, text_NT[:1].repeat(3, 1), "tuned-lens", progress=False)
     assert supported(narrow, ["tuned-lens", "taylor"], text_NT[:1]) == ["taylor"]  # a profile goes on without it
-    for broken in (TunedLens(ridge=0.0), TunedLens(tokens=0)):
+    for broken in (TunedLens(ridge=0.0), TunedLens(tokens=0), TunedLens(steps=-1)):
         with pytest.raises(BadOption, match="ridge"):
             measure(narrow, text_NT, broken, progress=False)
     module = ModuleStack(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
