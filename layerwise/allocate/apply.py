@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from layerwise.allocate.plan import Plan
 from layerwise.data.text import TextData
 from layerwise.errors import BadData, BadModel, BadOption, BadPlan
+from layerwise.io.pages import trim
 from layerwise.nets.decoder import Block
 from layerwise.spec import Attention, LayerSpec
 from layerwise.stack.base import Stack, State
@@ -46,8 +47,11 @@ def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStac
             do="pass data=layerwise.data.text_blocks('default', stack.tokenizer)",
         )
     logits = outside.get("embedding" if stack.spec.tied else "head")
+    trim()
     blocks, states = _edited_blocks(stack, layers, data, to_the_end=logits is not None and "gram" in logits.needs)
     gram_CC = table_gram(normed(stack, states), stack.spec.tied) if states else None
+    del states
+    trim()
     looked_up = gram_CC if stack.spec.tied else None
     slim = stack.rebuilt(
         spec,
@@ -56,6 +60,7 @@ def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStac
         head=_packed_table(stack.decoder.head, outside.get("head"), gram_CC),
     )
     slim.origin = stack, plan
+    trim()
     return slim
 
 

@@ -23,7 +23,7 @@ from layerwise.data.bootstrap import Interval, paired_ratio_interval, ratio_inte
 from layerwise.data.text import TextData
 from layerwise.errors import BadData
 
-CHUNK = 2**24
+CHUNK = 2**22
 
 
 def token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:

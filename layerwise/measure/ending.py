@@ -15,8 +15,11 @@ from torch import Tensor
 
 from layerwise.measure.seen import inner
 
-CHUNK = 2**23
-"""Logits held in float32 at once."""
+CHUNK = 2**22
+"""Logits made at once, each of which takes 16 bytes or more while two models are compared."""
+
+KEPT = 2**23
+"""Logits of the original that are kept, so that they are made once for all changes."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Ending:
 
     def log_p(self) -> Iterable[Tensor]:
         """Log-probabilities in float32, [some of P, V] at a time; kept where they are few."""
-        return self._few if len(self.hidden_PC) * self.vocabulary <= CHUNK else self._chunks()
+        return self._few if len(self.hidden_PC) * self.vocabulary <= KEPT else self._chunks()
 
     @cached_property
     def _few(self) -> list[Tensor]:

@@ -72,6 +72,7 @@ def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan]
         if last or measured > min(earlier.measured for earlier in found):
             break
         scores = corrected(scores, plan, undone(stack, slim, plan, trial, measured, seed, progress), floor)
+        del slim  # or two edited models are in memory while the next is made
     return found
 
 

@@ -13,11 +13,11 @@ from layerwise.allocate.plan import Plan
 from layerwise.data.text import TextData
 from layerwise.errors import BadBudget, BadFile, BadPlan
 from layerwise.io import atomic
+from layerwise.measure.marginal import divergence
 from layerwise.measure.progress import Progress
 from layerwise.measure.scores import Scores
 from layerwise.report.decide import Decide
 from layerwise.report.refine import refine
-from layerwise.report.verify import compare_on
 from layerwise.stack.decoder import DecoderStack
 
 Kind = Literal["plan", "candidate", "control"]
@@ -69,7 +69,7 @@ def try_plans(
     with Progress("trying other plans", len(others), progress) as bar:
         for other, kind, plan in others:
             same = next((point for point in found if point.plan.edits == plan.edits), None)
-            point = same or _measured(stack, plan, calibration, trial)
+            point = same or _measured(stack, plan, calibration, trial, decide.seed)
             found.append(replace(point, name=other, kind=kind, plan=plan, predicted=plan.predicted["loss"]))
             bar.step()
     return chosen(found)
@@ -122,8 +122,6 @@ def _others(scores: Scores, decide: Decide, controls: bool, candidate: str | Non
             continue
 
 
-def _measured(stack: DecoderStack, plan: Plan, calibration: TextData, trial: TextData) -> Tried:
+def _measured(stack: DecoderStack, plan: Plan, calibration: TextData, trial: TextData, seed: int) -> Tried:
     slim = apply(stack, plan, calibration)
-    compared = compare_on(stack, slim, trial)
-    kl = float(compared.kl_N.sum() / compared.positions_N.sum())
-    return Tried("", "candidate", slim.spec.bytes(), kl, plan)
+    return Tried("", "candidate", slim.spec.bytes(), divergence(stack, slim, trial, seed=seed), plan)
