@@ -1,7 +1,7 @@
 """How well a language model predicts text, and how far two models' predictions lie apart.
 
-Losses and divergences are in nats per token. Whatever the vocabulary, no more than `CHUNK` numbers are
-held in float32 at once beside the logits themselves.
+Losses and divergences are in nats per token. Whatever the vocabulary, no more than `LOGITS` logits are made at once,
+and no more than `CHUNK` of them held in float32.
 
 Shapes: B rows, T tokens, V vocabulary, C hidden width, N blocks, P positions (rows and tokens flattened).
 """
@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, V vocabulary, C hidden width, N blocks, P positions (r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,9 @@ from layerwise.data.text import TextData
 from layerwise.errors import BadData
 
 CHUNK = 2**22
+
+LOGITS = 2**25
+"""Many, since a head that is packed is unpacked for each part."""
 
 
 def token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
@@ -40,11 +43,17 @@ def hidden_losses(
     """
     rows_PC = hidden_BTC.flatten(0, 1)
     targets_P = F.pad(tokens_BT[:, 1:], (0, 1)).flatten().to(hidden_BTC.device)
-    losses = [
-        F.cross_entropy(head(rows_PC[part]).float(), targets_P[part], reduction="none")
-        for part in slices(len(rows_PC), max(1, CHUNK // vocabulary))
-    ]
+    losses = [F.cross_entropy(logits_PV.float(), targets_P[part], reduction="none")
+              for part, logits_PV in logit_parts(rows_PC, head, vocabulary)]
     return torch.cat(losses).view(tokens_BT.shape)[:, :-1]
+
+
+def logit_parts(rows_PC: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of all rows in their order, [few, V] in the dtype of the model, and which rows these are."""
+    for whole in slices(len(rows_PC), max(1, LOGITS // vocabulary)):
+        logits_PV = head(rows_PC[whole])
+        for part in slices(len(logits_PV), max(1, CHUNK // vocabulary)):
+            yield slice(whole.start + part.start, whole.start + part.stop), logits_PV[part]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@
 
 #include <omp.h>
 
-/* Channels of a head at most, heads that read a key together, channels of values summed at a time, and how many slots
+/* Heads that read a key together, channels of values summed at a time, and how many slots
    ahead keys and values are fetched. */
-enum { WIDEST = 512, HEADS_AT_ONCE = 4, CUT = 4 * MANY, AHEAD = 16 };
+enum { HEADS_AT_ONCE = 4, CUT = 4 * MANY, AHEAD = 16 };
 
 /* The slots that a token's heads see of the keys of one head, and room for as many logits of every head. */
 typedef struct {
@@ -26,23 +26,6 @@ INLINE int64_t run_of(const Seen *seen, int64_t s, int64_t width, int64_t *at) {
     const int64_t in = s % a->block, left = a->block - in;
     *at = (seen->kv_head * a->slots + seen->table[s / a->block] * a->block + in) * width;
     return left < seen->end - s ? left : seen->end - s;
-}
-
-/* to = x normed by `weight`, if any, and turned by the angles of one token; x and to hold `width` numbers. */
-INLINE void turn(const Shape *a, const void *x, int64_t at, const float *weight, float eps, const void *cos,
-                 const void *sin, int64_t token, float *to, int half) {
-    const int64_t turning = a->turning, middle = turning / 2;
-    float plain[WIDEST], squares = 0;
-    for (int64_t i = 0; i < a->width; i++) plain[i] = get(x, at + i, half);
-    if (weight) {
-        for (int64_t i = 0; i < a->width; i++) squares += plain[i] * plain[i];
-        const float inverse = 1 / sqrtf(squares / (float)a->width + eps);
-        for (int64_t i = 0; i < a->width; i++) plain[i] *= inverse * weight[i];
-    }
-    for (int64_t i = 0; i < turning; i++)
-        to[i] = plain[i] * get(cos, token * turning + i, half) +
-                plain[i < middle ? i + middle : i - middle] * get(sin, token * turning + i, half);
-    for (int64_t i = turning; i < a->width; i++) to[i] = plain[i];
 }
 
 /* What the numbers of each of MANY vectors sum up to. */
@@ -195,6 +178,7 @@ INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
    Gives 0, or 1 where memory ran out. */
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
+    if (half && tiles(a)) return attend_tiles(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
     if (half) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 1, 1, threads);
     if (kept) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 1, threads);
     return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 0, threads);

@@ -1,5 +1,5 @@
-"""Attention of few new tokens straight from blocks of slots, in one call: norms and rotation, writing to the pools,
-softmax.
+"""Attention straight from blocks of slots, in one call: norms and rotation, writing to the pools, softmax. Where the
+processor multiplies pairs of bfloat16 (`tiles.c`) for any number of tokens, elsewhere for few (`attend.c`).
 
 Shapes: N tokens, R sequences, M blocks of the longest, H query heads, K key heads, S slots of a pool, D head width.
 """
@@ -56,7 +56,8 @@ class HeadNorms:
 class Attended:
     """The pools of one layer, [K, S, D], in blocks of `block` slots, and how new tokens attend to them.
 
-    Beside tokens in float32 the pools may be bfloat16.
+    Beside tokens in float32 the pools may be bfloat16. `many` says whether one call is the fastest for many tokens in
+    bfloat16 as well.
     """
 
     def __init__(self, a: Attention, k_KSD: Tensor, v_KSD: Tensor, block: int) -> None:
@@ -65,6 +66,8 @@ class Attended:
         self._struct = _Shape(a.heads, a.kv_heads, a.head_dim, turning, k_KSD.shape[1], block, a.window or 0,
                               a.head_dim**-0.5 if a.scale is None else a.scale, a.softcap or 0.0)
         self.address = ctypes.addressof(self._struct)
+        found = library()
+        self.many = found is not None and k_KSD.dtype == torch.bfloat16 and bool(found.tiles(self.address))
         self.k, self.v, self.kept = k_KSD.data_ptr(), v_KSD.data_ptr(), DTYPES[k_KSD.dtype]
         self.out = a.heads * a.head_dim
 

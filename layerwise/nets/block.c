@@ -29,8 +29,9 @@ static int joined_product(const Joined *w, const void *x, int64_t rows, char *y,
 }
 
 /* to = x + y, y normed first where there is a norm for it; `to` may be x, and y is lost. */
-static void add(const void *x, void *y, const float *norm, float eps, int64_t rows, int64_t width, void *to, int half) {
-    if (norm) rms_norm(y, norm, rows, width, eps, y, half);
+static void add(const void *x, void *y, const float *norm, float eps, int64_t rows, int64_t width, void *to, int half,
+                int threads) {
+    if (norm) rms_norm(y, norm, rows, width, eps, y, half, threads);
     if (half)
         for (int64_t i = 0; i < rows * width; i++) put(to, i, get(x, i, 1) + get(y, i, 1), 1);
     else
@@ -46,16 +47,16 @@ int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, 
     char *normed = malloc(tokens * (hidden + wide + narrow) * size);
     if (!normed) return 1;
     char *joined = normed + tokens * hidden * size, *mixed = joined + tokens * wide * size;
-    rms_norm(x, b->attention_norm, tokens, hidden, b->eps, normed, half);
+    rms_norm(x, b->attention_norm, tokens, hidden, b->eps, normed, half, threads);
     int failed = joined_product(&b->qkv, normed, tokens, joined, half, threads);
     failed |= attend(a, p, b->heads, tokens, joined, cos, sin, k, v, mixed, half, kept, threads);
     failed |= product(b->o, mixed, tokens, b->o_bias, normed, hidden, half, threads);
-    add(x, normed, b->attention_post, b->eps, tokens, hidden, y, half);
-    rms_norm(y, b->feed_forward_norm, tokens, hidden, b->eps, normed, half);
+    add(x, normed, b->attention_post, b->eps, tokens, hidden, y, half, threads);
+    rms_norm(y, b->feed_forward_norm, tokens, hidden, b->eps, normed, half, threads);
     failed |= joined_product(&b->gate_up, normed, tokens, joined, half, threads);
-    gate_times(joined, tokens, b->inner, mixed, (int)b->activation, half);
+    gate_times(joined, tokens, b->inner, mixed, (int)b->activation, half, threads);
     failed |= product(b->down, mixed, tokens, NULL, normed, hidden, half, threads);
-    add(y, normed, b->feed_forward_post, b->eps, tokens, hidden, y, half);
+    add(y, normed, b->feed_forward_post, b->eps, tokens, hidden, y, half, threads);
     free(normed);
     return failed;
 }

@@ -217,7 +217,12 @@ int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y) 
     return 0;
 }
 
-INLINE void norm_in(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half) {
+/* Numbers from which several threads are worth waking. */
+enum { MANY_NUMBERS = 1 << 13 };
+
+INLINE void norm_in(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half,
+                    int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > MANY_NUMBERS)
     for (int64_t m = 0; m < rows; m++) {
         const int64_t row = m * width;
         many squares = {0};
@@ -229,14 +234,17 @@ INLINE void norm_in(const void *x, const float *weight, int64_t rows, int64_t wi
         float sum = sum_of_many(squares);
         for (; i < width; i++) sum += get(x, row + i, half) * get(x, row + i, half);
         const float inverse = 1 / sqrtf(sum / (float)width + eps);
-        for (i = 0; i < width; i++) put(y, row + i, get(x, row + i, half) * inverse * weight[i], half);
+        for (i = 0; i + MANY <= width; i += MANY)
+            put_many(y, row + i, get_many(x, row + i, half) * inverse * load_many(weight + i), half);
+        for (; i < width; i++) put(y, row + i, get(x, row + i, half) * inverse * weight[i], half);
     }
 }
 
 /* y = x / sqrt(mean(x^2) + eps) * weight, in float32; x, y [rows, width]. */
-void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half) {
-    if (half) norm_in(x, weight, rows, width, eps, y, 1);
-    else norm_in(x, weight, rows, width, eps, y, 0);
+void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half,
+              int threads) {
+    if (half) norm_in(x, weight, rows, width, eps, y, 1, threads);
+    else norm_in(x, weight, rows, width, eps, y, 0, threads);
 }
 
 /* silu x = x / (1 + exp -x); gelu x = x / (1 + exp -2u), where u = sqrt(2 / pi) (x + 0.044715 x^3). */
@@ -245,21 +253,25 @@ INLINE many activated(many x, int activation) {
     return x / (1.0f + exp_of(-power));
 }
 
-INLINE void gate_in(const void *x, int64_t rows, int64_t width, void *y, int activation, int half) {
+INLINE void gate_in(const void *x, int64_t rows, int64_t width, void *y, int activation, int half, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > MANY_NUMBERS)
     for (int64_t m = 0; m < rows; m++)
         for (int64_t i = 0; i < width; i += MANY) {
-            const int64_t gate = 2 * m * width + i, up = gate + width, count = width - i < MANY ? width - i : MANY;
+            const int64_t gate = 2 * m * width + i, up = gate + width;
+            if (i + MANY <= width) {
+                const many product = activated(get_many(x, gate, half), activation) * get_many(x, up, half);
+                put_many(y, m * width + i, product, half);
+                continue;
+            }
             many g = {0}, u = {0};
-            if (count == MANY) g = get_many(x, gate, half), u = get_many(x, up, half);
-            else
-                for (int j = 0; j < count; j++) g[j] = get(x, gate + j, half), u[j] = get(x, up + j, half);
+            for (int64_t j = 0; i + j < width; j++) g[j] = get(x, gate + j, half), u[j] = get(x, up + j, half);
             const many product = activated(g, activation) * u;
-            for (int j = 0; j < count; j++) put(y, m * width + i + j, product[j], half);
+            for (int64_t j = 0; i + j < width; j++) put(y, m * width + i + j, product[j], half);
         }
 }
 
 /* y = activation(gate) * up; x holds gate and then up in every row, [rows, 2 * width]. */
-void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half) {
-    if (half) gate_in(x, rows, width, y, activation, 1);
-    else gate_in(x, rows, width, y, activation, 0);
+void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half, int threads) {
+    if (half) gate_in(x, rows, width, y, activation, 1, threads);
+    else gate_in(x, rows, width, y, activation, 0, threads);
 }

@@ -52,6 +52,21 @@ INLINE many get_many(const void *x, int64_t i, int half) {
     return half ? load_many_bf16((const bf16 *)x + i) : load_many((const float *)x + i);
 }
 
+INLINE void put_many(void *y, int64_t i, many value, int half) {
+    if (!half) {
+        *(loose_many *)((float *)y + i) = value;
+        return;
+    }
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+    _mm_storeu_si128((void *)((bf16 *)y + i), (__m128i)_mm256_cvtneps_pbh((__m256)value));
+    return;
+#endif
+    const many_ints bits = (many_ints)value, none = value != value;
+    const many_ints rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16 & 0xffff;
+    *(loose_many_bf16 *)((bf16 *)y + i) =
+        __builtin_convertvector((rounded & ~none) | (none & 0x7fc0), loose_many_bf16);
+}
+
 /* Number i of x on its way into the cache; i may lie beyond the end. */
 INLINE void fetch(const void *x, int64_t i, int half) { __builtin_prefetch((const char *)x + i * (half ? 2 : 4)); }
 
@@ -120,13 +135,36 @@ typedef struct {
 } Places;
 
 enum { SILU, GELU_TANH };
+enum { WIDEST = 512 }; /* channels of a head at most */
+
+/* to = x normed by `weight`, if any, and turned by the angles of one token; x and to hold `width` numbers. */
+INLINE void turn(const Shape *a, const void *x, int64_t at, const float *weight, float eps, const void *cos,
+                 const void *sin, int64_t token, float *to, int half) {
+    const int64_t middle = a->turning / 2, angle = token * a->turning;
+    float plain[WIDEST], squares = 0;
+    for (int64_t i = 0; i < a->width; i++) plain[i] = get(x, at + i, half);
+    if (weight) {
+        for (int64_t i = 0; i < a->width; i++) squares += plain[i] * plain[i];
+        const float inverse = 1 / sqrtf(squares / (float)a->width + eps);
+        for (int64_t i = 0; i < a->width; i++) plain[i] *= inverse * weight[i];
+    }
+    for (int64_t i = 0; i < middle; i++)
+        to[i] = plain[i] * get(cos, angle + i, half) + plain[i + middle] * get(sin, angle + i, half);
+    for (int64_t i = middle; i < 2 * middle; i++)
+        to[i] = plain[i] * get(cos, angle + i, half) + plain[i - middle] * get(sin, angle + i, half);
+    for (int64_t i = a->turning; i < a->width; i++) to[i] = plain[i];
+}
 
 int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                    int threads);
 int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y);
 int dense_product(const Matrix *w, const float *x, int64_t rows, const float *bias, float *y, int64_t stride,
                   int threads);
-void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half);
-void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half);
+void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half,
+              int threads);
+void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half, int threads);
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads);
+int tiles(const Shape *a);
+int attend_tiles(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const bf16 *qkv,
+                 const void *cos, const void *sin, bf16 *k, bf16 *v, bf16 *out, int threads);

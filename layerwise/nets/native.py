@@ -129,7 +129,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     assert found is not None
     x = x.contiguous()
     y, width = torch.empty_like(x), x.shape[-1]
-    found.rms_norm(x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps, y.data_ptr(), DTYPES[x.dtype])
+    found.rms_norm(x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps, y.data_ptr(), DTYPES[x.dtype],
+                   torch.get_num_threads())
     return y
 
 
@@ -143,7 +144,8 @@ def gate_times(x: Tensor, activation: str) -> Tensor:
     x = x.contiguous()
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
-    found.gate_times(x.data_ptr(), y.numel() // width, width, y.data_ptr(), ACTIVATIONS[activation], DTYPES[x.dtype])
+    found.gate_times(x.data_ptr(), y.numel() // width, width, y.data_ptr(), ACTIVATIONS[activation], DTYPES[x.dtype],
+                     torch.get_num_threads())
     return y
 
 

@@ -1,28 +1,33 @@
 """Two models on the same text and the same questions, item by item, stopping when the difference is clear.
 
-Shapes: B rows, T tokens, V vocabulary, N items.
+Logits exist for some positions at a time only: those of whole blocks would take more memory than many a model.
+
+Shapes: B rows, T tokens, P positions, C hidden width, V vocabulary, N items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from layerwise.data.batch import Batch
 from layerwise.data.bootstrap import Interval, paired_interval, paired_ratio_interval
-from layerwise.data.metrics import Losses, token_kl, token_losses
+from layerwise.data.metrics import Losses, hidden_losses, logit_parts
 from layerwise.data.sequential import Stop, unseen
-from layerwise.data.tasks import Accuracy, MultipleChoice, accuracy, scorer
+from layerwise.data.tasks import Accuracy, MultipleChoice, accuracy, loss_scorer
 from layerwise.data.text import TextData, Tokenizer
 from layerwise.errors import BadData, BadOption
 from layerwise.measure.progress import Progress
 from layerwise.stack.base import Stack
+from layerwise.stack.decoder import DecoderStack
 
 AT_ONCE = 12
 """Questions between two looks."""
@@ -52,11 +57,10 @@ def compare_on(before: Stack, after: Stack, data: TextData, *, stop: Stop | None
 
     Raises BadData if a loss is not finite.
     """
-    first, second = predictions_of(before), predictions_of(after)
     sums: list[list[float]] = []
     with Progress(f"predictions before and after, {data.name}", len(data), progress) as bar:
         for batch in data.batches(1):
-            sums.append(_block(first(batch.tokens_BT), second(batch.tokens_BT), batch))
+            sums.append(_block(ended(before, batch.tokens_BT), ended(after, batch.tokens_BT), batch))
             bar.step()
             difference_N = _columns(sums).differences
             if stop and np.isfinite(difference_N).all() and stop.early_interval(difference_N, None, len(data)):
@@ -80,7 +84,7 @@ def loss_change(compared: Compared, most: int, stop: Stop, seed: int) -> Interva
 def answers(before: Stack, after: Stack, task: MultipleChoice, tokenizer: Tokenizer, stop: Stop,
             progress: bool = False) -> tuple[Accuracy, Accuracy]:
     """Both models on the same questions, in order, until the difference is clear or there are no more."""
-    scores = [scorer(predictions_of(stack)) for stack in (before, after)]
+    scores = [loss_scorer(partial(_losses, stack)) for stack in (before, after)]
     found: list[tuple[Accuracy, Accuracy]] = []
     with Progress(f"questions, {task.name}", len(task), progress) as bar:
         for start in range(0, len(task), AT_ONCE):
@@ -110,21 +114,38 @@ def accuracy_change(a: Accuracy, b: Accuracy, most: int, stop: Stop, seed: int) 
     return Interval(last.low, last.value, last.high, stop.level)
 
 
-def predictions_of(stack: Stack) -> Callable[[Tensor], Tensor]:
-    """The stack as a function from tokens [B, T] to logits [B, T, V]."""
+@dataclass(frozen=True)
+class Ended:
+    """What enters the head at every position, [B, T, C], and the head, from [P, C] to logits [P, V]."""
 
-    def logits(tokens_BT: Tensor) -> Tensor:
-        out: Any = stack(tokens_BT)
-        found = getattr(out, "logits", out)
-        if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[:2] != tokens_BT.shape:
-            raise BadOption(
-                f"{stack.name}, which returns {type(out).__name__}",
-                expected="a model that returns logits [batch, tokens, vocabulary]",
-                do="verify language models; compare the outputs of other modules directly",
-            )
-        return found
+    hidden_BTC: Tensor
+    head: Callable[[Tensor], Tensor]
+    vocabulary: int
 
-    return logits
+
+def ended(stack: Stack, tokens_BT: Tensor) -> Ended:
+    """A language model after its last layer; of one that is not a decoder, its logits, and nothing to do.
+
+    Raises BadOption for a model that returns something else.
+    """
+    if isinstance(stack, DecoderStack):
+        state = stack.run(stack.start(tokens_BT))
+        return Ended(state.hidden, lambda rows_PC: stack.finish(state.moved(rows_PC[None], len(stack)))[0],
+                     stack.spec.vocabulary)
+    out: Any = stack(tokens_BT)
+    found = getattr(out, "logits", out)
+    if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[:2] != tokens_BT.shape:
+        raise BadOption(
+            f"{stack.name}, which returns {type(out).__name__}",
+            expected="a model that returns logits [batch, tokens, vocabulary]",
+            do="verify language models; compare the outputs of other modules directly",
+        )
+    return Ended(found, lambda rows_PV: rows_PV, found.shape[-1])
+
+
+def _losses(stack: Stack, tokens_BT: Tensor) -> Tensor:
+    found = ended(stack, tokens_BT)
+    return hidden_losses(found.hidden_BTC, tokens_BT, found.head, found.vocabulary)
 
 
 def _columns(sums: list[list[float]]) -> Compared:
@@ -137,22 +158,22 @@ def _joined(parts: list[Accuracy]) -> Accuracy:
                     np.concatenate([part.normalised_N for part in parts]))
 
 
-def _block(a_BTV: Tensor, b_BTV: Tensor, batch: Batch) -> list[float]:
+def _block(before: Ended, after: Ended, batch: Batch) -> list[float]:
     """Summed losses before and after, divergence, agreement; predicted tokens, and positions."""
-    tokens_BT = batch.tokens_BT
-    mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if batch.mask_BT is None else batch.mask_BT
-    return [
-        _sum(token_losses(a_BTV, tokens_BT), mask_BT[:, 1:]),
-        _sum(token_losses(b_BTV, tokens_BT), mask_BT[:, 1:]),
-        _sum(token_kl(a_BTV, b_BTV), mask_BT),
-        _sum((a_BTV.argmax(-1) == b_BTV.argmax(-1)).float(), mask_BT),
-        float(mask_BT[:, 1:].sum()),
-        float(mask_BT.sum()),
-    ]
-
-
-def _sum(values_BT: Tensor, mask_BT: Tensor) -> float:
-    return float(values_BT.cpu().double().where(mask_BT, 0.0).sum())
+    tokens_BT, mask_BT = batch.tokens_BT, batch.mask_BT
+    mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+    next_P, followed_P = (F.pad(of_BT[:, 1:], (0, 1)).flatten() for of_BT in (tokens_BT, mask_BT))
+    mask_P, sums = mask_BT.flatten(), torch.zeros(4, dtype=torch.float64)
+    parts = (logit_parts(end.hidden_BTC.flatten(0, 1), end.head, end.vocabulary) for end in (before, after))
+    for (part, before_PV), (_, after_PV) in zip(*parts, strict=True):
+        old_PV, new_PV = (F.log_softmax(logits_PV, -1, dtype=torch.float32) for logits_PV in (before_PV, after_PV))
+        target_P, followed, real = (values_P[part].to(old_PV.device) for values_P in (next_P, followed_P, mask_P))
+        found = [(F.nll_loss(old_PV, target_P, reduction="none"), followed),
+                 (F.nll_loss(new_PV, target_P, reduction="none"), followed),
+                 (F.kl_div(new_PV, old_PV, reduction="none", log_target=True).sum(-1), real),
+                 (old_PV.argmax(-1) == new_PV.argmax(-1), real)]
+        sums += torch.stack([values_P.double().where(counted_P, 0.0).sum() for values_P, counted_P in found]).cpu()
+    return [*sums.tolist(), float(followed_P.sum()), float(mask_P.sum())]
 
 
 def _check_finite(columns: NDArray[np.float64], data: TextData, name: str) -> None:

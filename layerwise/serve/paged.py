@@ -223,11 +223,11 @@ class PagedFlow(Flow):
 
     def pages(self, a: Attention, layer: int, dtype: torch.dtype) -> Pages | None:
         entry, pool = self.table.layers[layer], self.pools[layer]
-        if layer in self.watched or not self._few or type(pool) is not Pool or pool.dtype != dtype:
+        if layer in self.watched or type(pool) is not Pool or pool.dtype != dtype:
             return None
         assert entry.group is not None
         attended = pool.attended(a)
-        if attended is None:
+        if attended is None or not (self._few or (attended.many and dtype == torch.bfloat16)):
             return None
         places = self._places.get(entry.group)
         if places is None:

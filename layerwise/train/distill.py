@@ -24,13 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.data.batch import slices
-from layerwise.data.metrics import CHUNK
 from layerwise.errors import BadOption
 from layerwise.stack.base import State
 from layerwise.stack.decoder import DecoderStack
 
 SPREAD = 4
 """Evenly spread layers that are paired, besides those beside a cut."""
+
+CHUNK = 1 << 24
+"""Logits of each model that are held in float32 at once."""
 
 MEMORY = 1 << 30
 """Bytes of what the original said that are kept at most."""
