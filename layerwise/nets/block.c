@@ -12,10 +12,10 @@ typedef struct {
     float eps;
 } Block;
 
-/* Dense matrices are there in streams of float32 only. */
+/* Dense matrices are there in streams of float32, and where pairs of bfloat16 can be multiplied. */
 static int product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                    int threads) {
-    if (w->kind == BFLOAT16 || w->kind == FLOAT16) return dense_product(w, x, rows, bias, y, stride, threads);
+    if (w->kind == BFLOAT16 || w->kind == FLOAT16) return dense_product(w, x, rows, bias, y, stride, half, threads);
     return packed_product(w, x, rows, bias, y, stride, half, threads);
 }
 

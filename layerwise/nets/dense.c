@@ -1,4 +1,5 @@
-/* Few rows times a dense matrix in half precision, read as it is stored: y = x w' + bias, all else in float32. */
+/* Few rows times a dense matrix in half precision, read as it is stored: y = x w' + bias, all else in float32 (for all in
+   bfloat16 see pairs.c). */
 
 #include "native.h"
 
@@ -105,10 +106,8 @@ INLINE void dense_outputs(const uint16_t *w, const float *x, int64_t inputs, int
             dense_rows(w + o * inputs, x, inputs, rows, 1, kind, (float(*)[OUTPUTS_AT_ONCE])(y[0] + o));
 }
 
-/* x [rows, inputs], y [rows, outputs] with rows `stride` apart, and bias are float32. A row's numbers do not depend on
-   how many rows there are. Gives 0, or 1 where memory ran out. */
-int dense_product(const Matrix *matrix, const float *x, int64_t rows, const float *bias, float *y, int64_t stride,
-                  int threads) {
+static int float_product(const Matrix *matrix, const float *x, int64_t rows, const float *bias, float *y, int64_t stride,
+                         int threads) {
     const int64_t outputs = matrix->outputs, inputs = matrix->inputs;
     const uint16_t *w = (const uint16_t *)matrix->codes;
     float *sorted = aligned_alloc(LINE, lines(rows * inputs * sizeof *sorted));
@@ -135,5 +134,14 @@ int dense_product(const Matrix *matrix, const float *x, int64_t rows, const floa
                 for (int j = 0; j < here; j++) y[(m + r) * stride + o + j] = of[r][j] + (bias ? bias[o + j] : 0);
         }
     free(sorted);
+    return 0;
+}
+
+/* x [rows, inputs], y [rows, outputs] with rows `stride` apart: float32, or bfloat16 where `half`, where it `multiplies_pairs`; bias
+   float32. A row's numbers do not depend on how many rows there are. Gives 0, or 1 where memory ran out. */
+int dense_product(const Matrix *matrix, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
+                  int threads) {
+    if (!half) return float_product(matrix, x, rows, bias, y, stride, threads);
+    pairs_product(matrix, x, rows, bias, y, stride, threads);
     return 0;
 }

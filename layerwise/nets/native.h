@@ -158,8 +158,11 @@ INLINE void turn(const Shape *a, const void *x, int64_t at, const float *weight,
 int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                    int threads);
 int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y);
-int dense_product(const Matrix *w, const float *x, int64_t rows, const float *bias, float *y, int64_t stride,
+int dense_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                   int threads);
+int multiplies_pairs(void);
+void pairs_product(const Matrix *matrix, const bf16 *x, int64_t rows, const float *bias, bf16 *y, int64_t stride,
+                   int threads);
 void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half,
               int threads);
 void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half, int threads);

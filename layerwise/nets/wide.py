@@ -1,6 +1,7 @@
-"""Half-precision weights in a float32 stream, for processors that are slow in half precision.
+"""Half-precision weights as they are stored: in a float32 stream, for processors that are slow in half precision, or in
+a stream of bfloat16, for those that multiply pairs of it.
 
-The residual stream is float32; weights, and the engine's keys and values in bfloat16, stay as small as they are.
+Where the residual stream is float32, weights, and the engine's keys and values in bfloat16, stay as small as they are.
 
 Shapes: O outputs, I inputs, C width.
 """
@@ -11,10 +12,11 @@ import ctypes
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.nets.attention import Attention
-from layerwise.nets.compiled import library
+from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.decoder import Block
 from layerwise.nets.dense import SLOW, widened
 from layerwise.nets.direct import FEW_ROWS, Direct
@@ -27,7 +29,10 @@ HALVES = {torch.bfloat16: 16, torch.float16: -16}
 
 
 class HalfLinear(Direct):
-    """A dense layer in a float32 stream whose half-precision weight is read as it is stored, for a CPU."""
+    """A dense layer whose half-precision weight is read as it is stored, for a CPU.
+
+    Its stream is float32, or bfloat16 as the weight where `may_pair` holds.
+    """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
@@ -53,14 +58,19 @@ class HalfLinear(Direct):
         x_MI = x.reshape(-1, self.in_features).contiguous()
         rows = len(x_MI)
         if rows > FEW_ROWS:
-            return widened(x, self.weight, self.bias_O, x.dtype)
+            return self._many(x)
         found = library()
         assert found is not None
         y_MO, bias_O = x_MI.new_empty(rows, self.out_features), self.bias_O
         if found.dense_product(self.address, x_MI.data_ptr(), rows, None if bias_O is None else bias_O.data_ptr(),
-                               y_MO.data_ptr(), self.out_features, torch.get_num_threads()):
+                               y_MO.data_ptr(), self.out_features, DTYPES[x.dtype], torch.get_num_threads()):
             raise MemoryError(f"no memory for {rows} rows of {self.in_features} inputs")
         return y_MO.view(*x.shape[:-1], self.out_features)
+
+    def _many(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return widened(x, self.weight, self.bias_O, x.dtype)
+        return F.linear(x, self.weight, None if self.bias_O is None else self.bias_O.to(x.dtype))
 
     def logits(self, x: Tensor) -> Tensor:
         """The same, for a table that serves as the output head."""
@@ -70,6 +80,12 @@ class HalfLinear(Direct):
 def may_widen(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a float32 stream is the faster one: a CPU slow in `dtype`, with compiled functions."""
     return device.type == "cpu" and dtype in SLOW and dtype in HALVES and library() is not None
+
+
+def may_pair(weight_OI: Tensor) -> bool:
+    """Whether a weight in bfloat16 is best read as it is stored in a stream of bfloat16 as well."""
+    found = library() if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.bfloat16 else None
+    return found is not None and torch.bfloat16 not in SLOW and bool(found.multiplies_pairs())
 
 
 def widens(block: nn.Module) -> bool:

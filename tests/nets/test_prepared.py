@@ -13,7 +13,8 @@ from layerwise.nets.decoder import Block
 from layerwise.nets.dense import Dense
 from layerwise.nets.direct import FEW_ROWS, DirectAttention, FastRMSNorm, PrepackedLinear
 from layerwise.nets.norms import RMSNorm
-from layerwise.nets.wide import HalfLinear, WideRMSNorm, may_widen
+from layerwise.nets.prepared import DirectBlock
+from layerwise.nets.wide import HalfLinear, WideRMSNorm, may_pair, may_widen
 from layerwise.spec import Attention, FeedForward, LayerSpec
 from layerwise.stack.decoder import Caches, DecoderStack
 from layerwise.stack.prepared import prepared
@@ -145,6 +146,37 @@ def test_a_row_of_half_precision_does_not_depend_on_its_mates() -> None:
     layer, x = HalfLinear(torch.randn(43, 70).bfloat16()), torch.randn(9, 70)
     together = layer(x)
     assert all(torch.equal(layer(x[row : row + 1])[0], together[row]) for row in range(9))
+
+
+PAIRS = pytest.mark.skipif(not may_pair(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="no pairs of bfloat16 here")
+
+
+@PAIRS
+@pytest.mark.parametrize("inputs", [7, 32, 64, 70])
+def test_products_in_bfloat16_are_rounded_once(inputs: int) -> None:
+    weight, bias = torch.randn(95, inputs).bfloat16(), torch.randn(95).bfloat16()  # tiles of outputs leave some over
+    for tokens in (1, 3, 4, 7, FEW_ROWS + 1):
+        x = torch.randn(1, tokens, inputs).bfloat16()
+        for b in (None, bias):
+            exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+            found = HalfLinear(weight, b)(x)
+            assert found.dtype == torch.bfloat16
+            torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
+
+
+@PAIRS
+def test_a_row_in_bfloat16_does_not_depend_on_its_mates() -> None:
+    layer, x = HalfLinear(torch.randn(43, 70).bfloat16()), torch.randn(9, 70).bfloat16()
+    together = layer(x)
+    assert all(torch.equal(layer(x[row : row + 1])[0], together[row]) for row in range(9))
+
+
+@PAIRS
+def test_blocks_in_bfloat16_take_few_tokens_in_one_call() -> None:
+    fast = prepared(random_stack(2, dtype="bfloat16"))
+    block = fast.block(0)
+    assert isinstance(block, DirectBlock) and block.step is not None
+    assert any(isinstance(module, HalfLinear) for module in block.modules())
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
