@@ -25,7 +25,7 @@ from layerwise.errors import BadData
 
 CHUNK = 2**22
 
-LOGITS = 2**25
+LOGITS = 2**24
 """Many, since a head that is packed is unpacked for each part."""
 
 
