@@ -41,7 +41,11 @@ def test_token_losses_match_a_float64_loop(chunk: int, random: torch.Generator,
     torch.testing.assert_close(token_losses(logits_BTV, tokens_BT), expected)
 
 
-def test_losses_through_a_head_equal_losses_of_its_logits(random: torch.Generator) -> None:
+@pytest.mark.parametrize(("logits", "chunk"), [(2**24, 2**22), (5 * V, 2 * V), (V, 3 * V), (1, 1)])
+def test_losses_through_a_head_equal_losses_of_its_logits(logits: int, chunk: int, random: torch.Generator,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "LOGITS", logits)
+    monkeypatch.setattr(metrics, "CHUNK", chunk)
     hidden_BTC, head_VC = torch.randn(B, T, 4, generator=random), torch.randn(V, 4, generator=random)
     tokens_BT = torch.randint(V, (B, T), generator=random)
     through = hidden_losses(hidden_BTC, tokens_BT, lambda rows_PC: rows_PC @ head_VC.T, V)

@@ -10,6 +10,7 @@ import torch
 
 import layerwise as lw
 from layerwise.allocate.plan import Edit, Plan
+from layerwise.data import metrics
 from layerwise.data.tasks import ChoiceItem, MultipleChoice
 from layerwise.data.text import Source, TextData
 from layerwise.errors import BadData, BadOption
@@ -77,6 +78,18 @@ def test_padding_does_not_count(before: DecoderStack, after: DecoderStack) -> No
     one, two = compare_on(before, after, plain), compare_on(before, after, padded)
     np.testing.assert_allclose(one.after.sum_N, two.after.sum_N, rtol=1e-5)
     np.testing.assert_allclose(one.kl_N, two.kl_N, rtol=1e-3)
+
+
+def test_logits_made_some_at_a_time_do_not_change_what_is_found(before: DecoderStack, after: DecoderStack,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compare_on(before, after, text(length=16))
+    monkeypatch.setattr(metrics, "LOGITS", 5 * before.spec.vocabulary)
+    monkeypatch.setattr(metrics, "CHUNK", 2 * before.spec.vocabulary)
+    parts = compare_on(before, after, text(length=16))
+    np.testing.assert_allclose(parts.before.sum_N, whole.before.sum_N, rtol=1e-5)
+    np.testing.assert_allclose(parts.after.sum_N, whole.after.sum_N, rtol=1e-5)
+    np.testing.assert_allclose(parts.kl_N, whole.kl_N, rtol=1e-4)
+    np.testing.assert_array_equal(parts.same_N, whole.same_N)
 
 
 def test_layers_are_told_by_their_place_in_the_original(report: lw.Report) -> None:
