@@ -24,11 +24,14 @@ PART = 1 << 22
 """Numbers of a matrix that are widened at a time."""
 
 
+CAN: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+"""What this processor has instructions for, as torch knows it."""
+
+
 def _slow() -> dict[torch.dtype, int]:
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     found = {dtype: WITHOUT for dtype, name in known.items() if not getattr(torch.ops.mkldnn, name, lambda: True)()}
-    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if can.get("avx512_bf16") and not can.get("amx_bf16") and "Intel" in can.get("cpu_name", ""):
+    if CAN.get("avx512_bf16") and not CAN.get("amx_bf16") and "Intel" in CAN.get("cpu_name", ""):
         found.setdefault(torch.bfloat16, HALF_SPEED)
     return found
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from layerwise.nets.attention import Attention
 from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.decoder import Block
-from layerwise.nets.dense import SLOW, widened
+from layerwise.nets.dense import CAN, SLOW, widened
 from layerwise.nets.direct import FEW_ROWS, Direct
 from layerwise.nets.feed_forward import Experts, FeedForward
 from layerwise.nets.native import CMatrix
@@ -83,9 +83,13 @@ def may_widen(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def may_pair(weight_OI: Tensor) -> bool:
-    """Whether a weight in bfloat16 is best read as it is stored in a stream of bfloat16 as well."""
+    """Whether a weight in bfloat16 is best read as it is stored in a stream of bfloat16 as well.
+
+    A matrix unit (AMX) is faster, and wants weights in a layout of its own.
+    """
     found = library() if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.bfloat16 else None
-    return found is not None and torch.bfloat16 not in SLOW and bool(found.multiplies_pairs())
+    return (found is not None and torch.bfloat16 not in SLOW and not CAN.get("amx_bf16")
+            and bool(found.multiplies_pairs()))
 
 
 def widens(block: nn.Module) -> bool:
