@@ -58,6 +58,7 @@ INFRASTRUCTURE = {
         "journal": "resuming after a kill",
         "knowledge": "brings its own data, facts by kind; its columns join those of a profile",
         "ledger": "the whole life of a model, not its layers",
+        "learned_lens": "translators of the tuned lens by gradient descent",
         "linear_map": "compares two models, so it is not a column of one",
         "marginal": "what each edit of a finished plan costs, so it is not a column",
         "memory": "running out of it",
