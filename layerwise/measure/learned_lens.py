@@ -26,14 +26,13 @@ def learned(read: Callable[[Tensor], Reading], h_NC: Tensor, final_NC: Tensor, m
             rows: int, ridge: float, seed: int = 0) -> Tensor:
     """`map_CC` ([C + 1, C], see `tuned_lens.translator`) after `steps` on `rows` of KL(final || translated), float64.
 
-    `read` turns states into what the model would say, with a gradient. Raises nothing of its own.
+    `read` turns states into what the model would say, with a gradient.
     """
     x_NC = with_one(h_NC)
     root_CC = ridged(x_NC.T @ x_NC / len(x_NC), ridge)
     z_NC = torch.linalg.solve_triangular(root_CC, x_NC.T, upper=False).T.float()
-    left_NC = final_NC.double() - h_NC.double() - x_NC @ map_CC
-    spread = float(left_NC.std())
-    start_NC = (h_NC.double() + x_NC @ map_CC).float()
+    start_NC = h_NC.double() + x_NC @ map_CC
+    spread, start_NC = float((final_NC.double() - start_NC).std()), start_NC.float()
     change_CC = torch.zeros(map_CC.shape, device=h_NC.device, requires_grad=True)
     optimizer = torch.optim.Adam([change_CC], lr=RATE)
     generator = torch.Generator().manual_seed(seed)

@@ -3,14 +3,13 @@
 
 #include "native.h"
 
-/* Vectors of `wide` floats. As many sums as there are registers for are kept at once, so that what is loaded is used
-   several times: a row's numbers for some outputs, an output's for some rows. */
+/* Floats of a vector. */
 #ifdef __AVX512F__
-enum { WIDE = 16, OUTPUTS_AT_ONCE = 4 };
+enum { WIDE = 16 };
 #else
-enum { WIDE = 8, OUTPUTS_AT_ONCE = 2 };
+enum { WIDE = 8 };
 #endif
-enum { STEP = 2 * WIDE, ROWS_AT_ONCE = 4 };
+enum { STEP = 2 * WIDE };
 
 typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef int32_t wide_ints __attribute__((vector_size(4 * WIDE)));
@@ -106,13 +105,10 @@ INLINE void dense_outputs(const uint16_t *w, const float *x, int64_t inputs, int
             dense_rows(w + o * inputs, x, inputs, rows, 1, kind, (float(*)[OUTPUTS_AT_ONCE])(y[0] + o));
 }
 
-static int float_product(const Matrix *matrix, const float *x, int64_t rows, const float *bias, float *y, int64_t stride,
-                         int threads) {
-    const int64_t outputs = matrix->outputs, inputs = matrix->inputs;
-    const uint16_t *w = (const uint16_t *)matrix->codes;
+/* x with, of every step, the numbers at even places first; to be freed. NULL where memory ran out. */
+static float *sorted_steps(const float *x, int64_t rows, int64_t inputs) {
     float *sorted = aligned_alloc(LINE, lines(rows * inputs * sizeof *sorted));
-    if (!sorted) return 1;
-    for (int64_t m = 0; m < rows; m++) {
+    for (int64_t m = 0; sorted && m < rows; m++) {
         const float *from = x + m * inputs;
         float *to = sorted + m * inputs;
         int64_t i = 0;
@@ -120,6 +116,18 @@ static int float_product(const Matrix *matrix, const float *x, int64_t rows, con
             for (int j = 0; j < STEP; j++) to[i + j / 2 + (j & 1) * WIDE] = from[i + j];
         for (; i < inputs; i++) to[i] = from[i];
     }
+    return sorted;
+}
+
+/* x [rows, inputs], y [rows, outputs] with rows `stride` apart: float32, or bfloat16 where `half`, where it
+   `multiplies_pairs`; bias float32. A row's numbers do not depend on how many rows there are. Gives 0, or 1 where memory
+   ran out. */
+int dense_product(const Matrix *matrix, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
+                  int threads) {
+    const int64_t outputs = matrix->outputs, inputs = matrix->inputs;
+    const uint16_t *w = (const uint16_t *)matrix->codes;
+    float *sorted = half ? NULL : sorted_steps(x, rows, inputs);
+    if (!half && !sorted) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = 0; o < outputs; o += OUTPUTS_AT_ONCE)
         for (int64_t m = 0; m < rows; m += ROWS_AT_ONCE) {
@@ -127,21 +135,13 @@ static int float_product(const Matrix *matrix, const float *x, int64_t rows, con
             const int here = outputs - o < OUTPUTS_AT_ONCE ? (int)(outputs - o) : OUTPUTS_AT_ONCE;
             float of[ROWS_AT_ONCE][OUTPUTS_AT_ONCE];
             const uint16_t *from = w + o * inputs;
-            const float *in = sorted + m * inputs;
-            if (matrix->kind == BFLOAT16) dense_outputs(from, in, inputs, some, here, BFLOAT16, of);
-            else dense_outputs(from, in, inputs, some, here, FLOAT16, of);
+            if (half) pairs_outputs(from, (const bf16 *)x + m * inputs, inputs, some, here, of);
+            else if (matrix->kind == BFLOAT16)
+                dense_outputs(from, sorted + m * inputs, inputs, some, here, BFLOAT16, of);
+            else dense_outputs(from, sorted + m * inputs, inputs, some, here, FLOAT16, of);
             for (int r = 0; r < some; r++)
-                for (int j = 0; j < here; j++) y[(m + r) * stride + o + j] = of[r][j] + (bias ? bias[o + j] : 0);
+                for (int j = 0; j < here; j++) put(y, (m + r) * stride + o + j, of[r][j] + (bias ? bias[o + j] : 0), half);
         }
     free(sorted);
-    return 0;
-}
-
-/* x [rows, inputs], y [rows, outputs] with rows `stride` apart: float32, or bfloat16 where `half`, where it `multiplies_pairs`; bias
-   float32. A row's numbers do not depend on how many rows there are. Gives 0, or 1 where memory ran out. */
-int dense_product(const Matrix *matrix, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
-                  int threads) {
-    if (!half) return float_product(matrix, x, rows, bias, y, stride, threads);
-    pairs_product(matrix, x, rows, bias, y, stride, threads);
     return 0;
 }

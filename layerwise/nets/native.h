@@ -135,6 +135,15 @@ typedef struct {
 } Places;
 
 enum { SILU, GELU_TANH };
+
+/* Rows and outputs of a dense product whose sums are kept at once: as many as there are registers for, so that what is
+   loaded is used several times, a row's numbers for some outputs, an output's for some rows. */
+#ifdef __AVX512F__
+enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 4 };
+#else
+enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 2 };
+#endif
+
 enum { WIDEST = 512 }; /* channels of a head at most */
 
 /* to = x normed by `weight`, if any, and turned by the angles of one token; x and to hold `width` numbers. */
@@ -161,8 +170,8 @@ int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y);
 int dense_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                   int threads);
 int multiplies_pairs(void);
-void pairs_product(const Matrix *matrix, const bf16 *x, int64_t rows, const float *bias, bf16 *y, int64_t stride,
-                   int threads);
+void pairs_outputs(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs,
+                   float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]);
 void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half,
               int threads);
 void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half, int threads);

@@ -37,7 +37,7 @@ from layerwise.nets.native import NativeMatrix
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedLinear
 from layerwise.nets.step import Step
-from layerwise.nets.wide import HalfLinear, Narrow, WideRMSNorm, may_pair, may_widen
+from layerwise.nets.wide import HalfLinear, Narrow, WideRMSNorm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -96,7 +96,7 @@ def prepare_norm(norm: nn.Module, wide: torch.dtype | None = None) -> nn.Module:
 def prepare_linear(linear: nn.Module, wide: torch.dtype | None = None) -> nn.Module:
     """The layer itself, or one in a better layout."""
     if isinstance(linear, Dense):
-        if may_widen(linear.weight.device, linear.weight.dtype) if wide is not None else may_pair(linear.weight):
+        if HalfLinear.fits(linear.weight, wide):
             return HalfLinear(linear.weight, linear.bias)
         if PrepackedLinear.fits(linear.weight):
             return PrepackedLinear(linear.weight, linear.bias)

@@ -92,6 +92,16 @@ INLINE void logits_with(const __m512i *keys, const bf16 *const *q, int count, in
         _mm512_store_ps(to + n * SPAN, _mm512_mul_ps(_mm512_add_ps(sum[n][0], sum[n][1]), _mm512_set1_ps(scale)));
 }
 
+INLINE void all_logits(const __m512i *keys, const bf16 *const *q, int queries, int64_t width, float scale, float *to) {
+    for (int n = 0; n < queries; n += LOGITS_AT_ONCE) {
+        const int count = queries - n < LOGITS_AT_ONCE ? queries - n : LOGITS_AT_ONCE;
+        if (count == LOGITS_AT_ONCE) logits_with(keys, q + n, LOGITS_AT_ONCE, width, scale, to + n * SPAN);
+        else if (count == 3) logits_with(keys, q + n, 3, width, scale, to + n * SPAN);
+        else
+            for (int m = n; m < n + count; m++) logits_with(keys, q + m, 1, width, scale, to + m * SPAN);
+    }
+}
+
 /* out += weights x values, for `count` queries and `vectors` vectors of channels. */
 INLINE void add_values(const float *values, const float *weights, float *out, int count, int vectors, int64_t from,
                        int64_t to, int64_t width) {
@@ -174,6 +184,26 @@ INLINE void places_of(const Shape *a, const int64_t *table, int64_t kv_head, int
     }
 }
 
+INLINE void fetch_slots(const bf16 *k, const bf16 *v, const int64_t at[LANES], int64_t width) {
+    for (int j = 0; j < LANES; j++)
+        for (int64_t i = 0; i < width; i += LINE / 2) {
+            __builtin_prefetch(k + at[j] + i);
+            __builtin_prefetch(v + at[j] + i);
+        }
+}
+
+/* Keys of LANES slots, pair by pair of channels, and values of those from `from` to the one before `to`. */
+INLINE void read_slots(const bf16 *k, const bf16 *v, const int64_t at[LANES], int64_t from, int64_t to, Room *room,
+                       float *values, int64_t width) {
+    const bf16 *keys[LANES];
+    for (int j = 0; j < LANES; j++) {
+        keys[j] = k + at[j];
+        for (int64_t i = 0; j >= from && j < to && i < width; i += LANES)
+            _mm512_store_ps(values + j * width + i, values_from(v + at[j] + i));
+    }
+    for (int64_t i = 0; i < width; i += 2 * LANES) turned_over(keys, i, room->keys + i / 2);
+}
+
 INLINE void tile_in(const Shape *a, const Places *p, Tile tile, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out,
                     Room *room, int64_t width) {
     const int64_t row = p->row[tile.token], kept = p->first[row] * a->block;
@@ -182,7 +212,7 @@ INLINE void tile_in(const Shape *a, const Places *p, Tile tile, const bf16 *q, c
     const int64_t start = a->window && first - a->window > kept ? first - a->window : kept;
     const int queries = (int)(tile.tokens * tile.heads);
     const bf16 *asks[QUERIES];
-    int64_t begin[QUERIES], stop[QUERIES];
+    int64_t begin[QUERIES], stop[QUERIES], at[LANES];
     for (int n = 0; n < queries; n++) {
         stop[n] = p->place[tile.token + n / tile.heads] + 1;
         begin[n] = a->window && stop[n] - a->window > kept ? stop[n] - a->window : kept;
@@ -193,34 +223,14 @@ INLINE void tile_in(const Shape *a, const Places *p, Tile tile, const bf16 *q, c
     for (int64_t span = start / SPAN * SPAN; span < end; span += SPAN) {
         const int64_t from = span > kept ? span : kept, to = span + SPAN < end ? span + SPAN : end;
         for (int64_t base = span; base < span + SPAN; base += LANES) {
+            float *logits = room->logits + (base - span);
             const int seen = base < to && base + LANES > from;
-            const bf16 *keys[LANES];
-            int64_t at[LANES];
             if (seen) {
                 places_of(a, table, tile.kv_head, base + AHEAD, kept, end, at);
-                for (int j = 0; j < LANES; j++)
-                    for (int64_t i = 0; i < width; i += LINE / 2) {
-                        __builtin_prefetch(k + at[j] + i);
-                        __builtin_prefetch(v + at[j] + i);
-                    }
+                fetch_slots(k, v, at, width);
                 places_of(a, table, tile.kv_head, base, from, to, at);
-                for (int j = 0; j < LANES; j++) {
-                    keys[j] = k + at[j];
-                    if (base + j < from || base + j >= to) continue;
-                    for (int64_t i = 0; i < width; i += LANES)
-                        _mm512_store_ps(room->values + (base + j - span) * width + i, values_from(v + at[j] + i));
-                }
-            }
-            for (int64_t i = 0; seen && i < width; i += 2 * LANES) turned_over(keys, i, room->keys + i / 2);
-            float *logits = room->logits + (base - span);
-            for (int n = 0; seen && n < queries; n += LOGITS_AT_ONCE) {
-                const int count = queries - n < LOGITS_AT_ONCE ? queries - n : LOGITS_AT_ONCE;
-                if (count == LOGITS_AT_ONCE)
-                    logits_with(room->keys, asks + n, LOGITS_AT_ONCE, width, a->scale, logits + n * SPAN);
-                else if (count == 3) logits_with(room->keys, asks + n, 3, width, a->scale, logits + n * SPAN);
-                else
-                    for (int m = n; m < n + count; m++)
-                        logits_with(room->keys, asks + m, 1, width, a->scale, logits + m * SPAN);
+                read_slots(k, v, at, from - base, to - base, room, room->values + (base - span) * width, width);
+                all_logits(room->keys, asks, queries, width, a->scale, logits);
             }
             for (int n = 0; n < queries; n++) {
                 const __mmask16 mask = seen ? lanes(begin[n] - base, stop[n] - base) : 0;

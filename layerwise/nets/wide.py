@@ -40,6 +40,11 @@ class HalfLinear(Direct):
         self.out_features, self.in_features = weight_OI.shape
         self.bias_O = None if bias_O is None else bias_O.detach().float()
 
+    @staticmethod
+    def fits(weight_OI: Tensor, wide: torch.dtype | None) -> bool:
+        """Whether this is the best layer for the weight: in a float32 stream where it is `wide`, else in its own."""
+        return may_pair(weight_OI) if wide is None else may_widen(weight_OI.device, weight_OI.dtype)
+
     @cached_property
     def _struct(self) -> CMatrix:
         weight_OI = self.weight

@@ -15,7 +15,7 @@ from layerwise.nets.direct import LaidOutLinear, PrepackedLinear
 from layerwise.nets.native import NativeMatrix
 from layerwise.nets.packed import PackedEmbedding
 from layerwise.nets.prepared import prepare, prepare_norm
-from layerwise.nets.wide import HalfLinear, Narrow, WideEmbedding, may_pair, may_widen, widens
+from layerwise.nets.wide import HalfLinear, Narrow, WideEmbedding, may_widen, widens
 from layerwise.stack.decoder import DecoderStack
 
 
@@ -57,7 +57,7 @@ def _head(stack: DecoderStack, wide: torch.dtype | None) -> nn.Module | None:
     """The output head in a better layout; None where it stays."""
     table = stack.decoder.embedding if stack.decoder.head is None else stack.decoder.head
     if isinstance(table, nn.Embedding):
-        if wide is not None or may_pair(table.weight):
+        if HalfLinear.fits(table.weight, wide):
             return HalfLinear(table.weight)
         if PrepackedLinear.fits(table.weight):
             return PrepackedLinear(table.weight)
