@@ -178,6 +178,7 @@ INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
    Gives 0, or 1 where memory ran out. */
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
+    if (half && unit_attends(a)) return unit_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
     if (half && tiles(a)) return attend_tiles(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
     if (half) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 1, 1, threads);
     if (kept) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 1, threads);

@@ -1,5 +1,6 @@
 """Attention straight from blocks of slots, in one call: norms and rotation, writing to the pools, softmax. Where the
-processor multiplies pairs of bfloat16 (`tiles.c`) for any number of tokens, elsewhere for few (`attend.c`).
+processor has a matrix unit (`unit_attend.c`) or multiplies pairs of bfloat16 (`tiles.c`) for any number of tokens,
+elsewhere for few (`attend.c`).
 
 Shapes: N tokens, R sequences, M blocks of the longest, H query heads, K key heads, S slots of a pool, D head width.
 """
@@ -19,18 +20,21 @@ WIDEST = 512
 
 
 class _Places(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("slot", "row", "place", "first", "table")] + [("columns", c_int64)]
+    _fields_ = [(name, c_void_p) for name in ("slot", "row", "place", "order", "first", "table")] + [
+        ("columns", c_int64)]
 
 
 class Places:
     """Where new tokens are in the pools of one group of layers: everything int64, on the CPU.
 
     `slot_N` is where a token's key goes, `row_N` its sequence, `place_N` its place among the slots of that, `first_R`
-    the number of the first block of `table_RM` in its sequence.
+    the number of the first block of `table_RM` in its sequence. `order_N` names all tokens, those of one sequence one
+    behind the other, sequences that begin with the same blocks side by side: such blocks may be read for all of them.
     """
 
-    def __init__(self, slot_N: Tensor, row_N: Tensor, place_N: Tensor, first_R: Tensor, table_RM: Tensor) -> None:
-        self._tensors = slot_N, row_N, place_N, first_R, table_RM  # kept, since the structure only points to them
+    def __init__(self, slot_N: Tensor, row_N: Tensor, place_N: Tensor, order_N: Tensor, first_R: Tensor,
+                 table_RM: Tensor) -> None:
+        self._tensors = slot_N, row_N, place_N, order_N, first_R, table_RM  # the structure only points to them
         self._struct = _Places(*(tensor.data_ptr() for tensor in self._tensors), table_RM.shape[1])
         self.address = ctypes.addressof(self._struct)
 

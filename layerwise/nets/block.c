@@ -1,4 +1,4 @@
-/* A whole block for few tokens: x + attention(norm x), then x + down(activation(gate(norm x)) * up(norm x)); what
+/* A whole block for few tokens, or any number where its matrices are for a matrix unit: x + attention(norm x), then x + down(activation(gate(norm x)) * up(norm x)); what
    a half writes is normed once more where the block has norms behind its halves. */
 
 #include "native.h"
@@ -21,21 +21,31 @@ static int product(const Matrix *w, const void *x, int64_t rows, const float *bi
 
 static int joined_product(const Joined *w, const void *x, int64_t rows, char *y, int half, int threads) {
     int64_t stride = 0;
-    for (int i = 0; i < 3 && w->parts[i]; i++) stride += w->parts[i]->outputs;
+    int unit = half;
+    for (int i = 0; i < 3 && w->parts[i]; i++) {
+        stride += w->parts[i]->outputs;
+        unit = unit && w->parts[i]->kind == BFLOAT16 && unit_multiplies(w->parts[i]->outputs, w->parts[i]->inputs);
+    }
+    if (unit) return unit_product(w, x, rows, (bf16 *)y, stride, threads);
     int failed = 0;
     for (int i = 0; i < 3 && w->parts[i]; y += w->parts[i++]->outputs * (half ? 2 : 4))
         failed |= product(w->parts[i], x, rows, w->bias[i], y, stride, half, threads);
     return failed;
 }
 
+INLINE void add_in(const void *x, const void *y, int64_t numbers, void *to, int half, int threads) {
+    const int64_t whole = numbers / MANY * MANY;
+#pragma omp parallel for num_threads(threads) if (numbers > MANY_NUMBERS)
+    for (int64_t i = 0; i < whole; i += MANY) put_many(to, i, get_many(x, i, half) + get_many(y, i, half), half);
+    for (int64_t i = whole; i < numbers; i++) put(to, i, get(x, i, half) + get(y, i, half), half);
+}
+
 /* to = x + y, y normed first where there is a norm for it; `to` may be x, and y is lost. */
 static void add(const void *x, void *y, const float *norm, float eps, int64_t rows, int64_t width, void *to, int half,
                 int threads) {
     if (norm) rms_norm(y, norm, rows, width, eps, y, half, threads);
-    if (half)
-        for (int64_t i = 0; i < rows * width; i++) put(to, i, get(x, i, 1) + get(y, i, 1), 1);
-    else
-        for (int64_t i = 0; i < rows * width; i++) put(to, i, get(x, i, 0) + get(y, i, 0), 0);
+    if (half) add_in(x, y, rows * width, to, 1, threads);
+    else add_in(x, y, rows * width, to, 0, threads);
 }
 
 /* x, y [tokens, hidden]; the rest as in `attend`. Gives 0, or 1 where memory ran out. */

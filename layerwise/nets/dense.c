@@ -1,5 +1,5 @@
-/* Few rows times a dense matrix in half precision, read as it is stored: y = x w' + bias, all else in float32 (for all in
-   bfloat16 see pairs.c). */
+/* Few rows times a dense matrix in half precision, read as it is stored: y = x w' + bias, all else in float32. For all in
+   bfloat16 see pairs.c, and unit.c for processors with a matrix unit. */
 
 #include "native.h"
 
@@ -120,12 +120,14 @@ static float *sorted_steps(const float *x, int64_t rows, int64_t inputs) {
 }
 
 /* x [rows, inputs], y [rows, outputs] with rows `stride` apart: float32, or bfloat16 where `half`, where it
-   `multiplies_pairs`; bias float32. A row's numbers do not depend on how many rows there are. Gives 0, or 1 where memory
-   ran out. */
+   `multiplies_pairs` or `unit_multiplies`; bias float32. A row's numbers do not depend on how many rows there are. Gives 0,
+   or 1 where memory ran out. */
 int dense_product(const Matrix *matrix, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                   int threads) {
     const int64_t outputs = matrix->outputs, inputs = matrix->inputs;
     const uint16_t *w = (const uint16_t *)matrix->codes;
+    if (half && unit_multiplies(outputs, inputs))
+        return unit_product(&(Joined){{matrix}, {bias}}, x, rows, y, stride, threads);
     float *sorted = half ? NULL : sorted_steps(x, rows, inputs);
     if (!half && !sorted) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)

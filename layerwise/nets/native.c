@@ -217,9 +217,6 @@ int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y) 
     return 0;
 }
 
-/* Numbers from which several threads are worth waking. */
-enum { MANY_NUMBERS = 1 << 13 };
-
 INLINE void norm_in(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half,
                     int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > MANY_NUMBERS)

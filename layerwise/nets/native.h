@@ -129,6 +129,7 @@ typedef struct {
     const int64_t *slot;  /* [tokens]: where the token's key goes in the pool */
     const int64_t *row;   /* [tokens]: the sequence that it belongs to */
     const int64_t *place; /* [tokens]: its place among the slots of its sequence */
+    const int64_t *order; /* [tokens]: all tokens, those of sequences that begin with the same blocks side by side */
     const int64_t *first; /* [sequences]: the block that the first column of the table stands for */
     const int64_t *table; /* [sequences, columns]: blocks of the pool */
     int64_t columns;
@@ -145,6 +146,8 @@ enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 2 };
 #endif
 
 enum { WIDEST = 512 }; /* channels of a head at most */
+
+enum { MANY_NUMBERS = 1 << 13 }; /* from which several threads are worth waking, where each is little work */
 
 /* to = x normed by `weight`, if any, and turned by the angles of one token; x and to hold `width` numbers. */
 INLINE void turn(const Shape *a, const void *x, int64_t at, const float *weight, float eps, const void *cos,
@@ -172,11 +175,16 @@ int dense_product(const Matrix *w, const void *x, int64_t rows, const float *bia
 int multiplies_pairs(void);
 void pairs_outputs(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs,
                    float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]);
+int unit_multiplies(int64_t outputs, int64_t inputs);
+int unit_product(const Joined *w, const bf16 *x, int64_t rows, bf16 *y, int64_t stride, int threads);
 void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half,
               int threads);
 void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half, int threads);
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads);
+int unit_attends(const Shape *a);
+int unit_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const bf16 *qkv,
+                const void *cos, const void *sin, bf16 *k, bf16 *v, bf16 *out, int threads);
 int tiles(const Shape *a);
 int attend_tiles(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const bf16 *qkv,
                  const void *cos, const void *sin, bf16 *k, bf16 *v, bf16 *out, int threads);

@@ -1,4 +1,5 @@
-"""A block, its matrices packed or dense in half precision, for few tokens in one compiled call.
+"""A block, its matrices packed or dense in half precision, for few tokens in one compiled call, or for any number where
+a matrix unit multiplies all of them.
 
 Shapes: N tokens, C hidden width.
 """
@@ -6,6 +7,7 @@ Shapes: N tokens, C hidden width.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from typing import cast
@@ -36,7 +38,7 @@ class _Block(ctypes.Structure):
 
 
 class Step:
-    """What the block computes for at most `FEW_TOKENS` tokens whose keys lie in `Pages`."""
+    """What the block computes for tokens whose keys lie in `Pages`, for at most `most` numbers of the hidden states."""
 
     def __init__(self, attention: DirectAttention, feed_forward: FeedForward,
                  norms: list[NativeRMSNorm | None]) -> None:
@@ -51,7 +53,8 @@ class Step:
             *(None if norm is None else norm.weight.data_ptr() for norm in norms),
             None if attention.norms is None else attention.norms.address, hidden, down.in_features,
             ACTIVATIONS[feed_forward.spec.activation], first.eps)
-        self._address, self.most = ctypes.addressof(self._struct), FEW_TOKENS * hidden
+        many = all(isinstance(layer, HalfLinear) and layer.many for layer in (*qkv, *gate_up, o, down))
+        self._address, self.most = ctypes.addressof(self._struct), sys.maxsize if many else FEW_TOKENS * hidden
 
     @staticmethod
     def of(block: Block) -> Step | None:

@@ -4,15 +4,15 @@
    slots that it sees SPAN at a time, from places that are the same for all tokens, so that what a token gets does not
    depend on its tile. Queries are rounded to bfloat16; softmax and sums are in float32. */
 
-#include "native.h"
+#include "half.h"
 
 #include <omp.h>
 
 #ifdef __AVX512BF16__
 
-/* Slots that a vector holds, and that a tile reads at a time; tokens and queries of a tile at most; queries whose
+/* Slots that a tile reads at a time; tokens and queries of a tile at most; queries whose
    products are summed at once, whose values are, and vectors of these; how many slots ahead memory is fetched. */
-enum { LANES = 16, SPAN = 64, TOKENS = 16, QUERIES = 48, LOGITS_AT_ONCE = 8, SUMS_AT_ONCE = 4, CUT = 4, AHEAD = 32 };
+enum { SPAN = 64, TOKENS = 16, QUERIES = 48, LOGITS_AT_ONCE = 8, SUMS_AT_ONCE = 4, CUT = 4, AHEAD = 32 };
 
 /* Tokens from `token` on, and the heads from `head` on that read `kv_head`. */
 typedef struct {
@@ -25,53 +25,6 @@ typedef struct {
     __m512i *keys;                /* [width / 2]: pairs of channels of LANES slots */
     float most[QUERIES], sum[QUERIES];
 } Room;
-
-INLINE __m512 values_from(const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)), 16));
-}
-
-INLINE void store_narrow(bf16 *to, __m512 x) { _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
-
-/* exp x, 0 for x below -87. */
-INLINE __m512 exp_of_wide(__m512 x) {
-    const __mmask16 live = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87), _CMP_GE_OQ);
-    const __m512 turns = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    const __m512 r = _mm512_fnmadd_ps(turns, _mm512_set1_ps(-2.12194440e-4f),
-                                      _mm512_fnmadd_ps(turns, _mm512_set1_ps(0.693359375f), x));
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1));
-    return _mm512_maskz_scalef_ps(live, p, turns);
-}
-
-/* Sixteen rows of sixteen numbers of 32 bits become columns. */
-INLINE void turned_over(const bf16 *const rows[LANES], int64_t at, __m512i *to) {
-    __m512i x[LANES], y[LANES];
-    for (int i = 0; i < LANES; i++) x[i] = _mm512_loadu_si512(rows[i] + at);
-    for (int i = 0; i < LANES; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4) {
-        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        const __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
-        const __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
-        to[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-        to[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-        to[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        to[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-}
 
 /* Logits of `count` queries with the slots whose keys are in `keys`; two sums for each, as one waits for itself. */
 INLINE void logits_with(const __m512i *keys, const bf16 *const *q, int count, int64_t width, float scale, float *to) {
@@ -247,24 +200,6 @@ INLINE void tile_in(const Shape *a, const Places *p, Tile tile, const bf16 *q, c
         for (int64_t i = 0; i < width; i += LANES)
             store_narrow(to + i, _mm512_div_ps(_mm512_load_ps(room->out + n * width + i), _mm512_set1_ps(room->sum[n])));
     }
-}
-
-/* Queries normed and turned, keys as well and to their slots with the values. */
-INLINE void enter(const Shape *a, const Places *p, const HeadNorms *norms, int64_t token, const bf16 *qkv,
-                  const void *cos, const void *sin, bf16 *q, bf16 *k, bf16 *v) {
-    const int64_t width = a->width, all = a->heads + 2 * a->kv_heads;
-    const float eps = norms ? norms->eps : 0;
-    float turned[WIDEST] __attribute__((aligned(LINE)));
-    for (int64_t h = 0; h < a->heads + a->kv_heads; h++) {
-        const int64_t of_key = h - a->heads;
-        const float *norm = !norms ? NULL : of_key < 0 ? norms->q : norms->k;
-        bf16 *to = of_key < 0 ? q + (token * a->heads + h) * width : k + (of_key * a->slots + p->slot[token]) * width;
-        turn(a, qkv, (token * all + h) * width, norm, eps, cos, sin, token, turned, 1);
-        for (int64_t i = 0; i < width; i += LANES) store_narrow(to + i, _mm512_load_ps(turned + i));
-    }
-    for (int64_t h = 0; h < a->kv_heads; h++)
-        memcpy(v + (h * a->slots + p->slot[token]) * width,
-               qkv + (token * all + a->heads + a->kv_heads + h) * width, width * sizeof *v);
 }
 
 /* As many tokens from `token` on as form a tile, `most` at most. */

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from layerwise.nets.attention import Attention
 from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.decoder import Block
-from layerwise.nets.dense import CAN, SLOW, widened
+from layerwise.nets.dense import SLOW, widened
 from layerwise.nets.direct import FEW_ROWS, Direct
 from layerwise.nets.feed_forward import Experts, FeedForward
 from layerwise.nets.native import CMatrix
@@ -52,17 +52,24 @@ class HalfLinear(Direct):
 
     def __getstate__(self) -> dict[str, object]:
         """What a copy takes over: addresses are its own."""
-        return {name: value for name, value in vars(self).items() if name != "_struct"}
+        return {name: value for name, value in vars(self).items() if name not in ("_struct", "many")}
 
     @property
     def address(self) -> int:
         """Where the C structure of the matrix lies, as long as this object lives."""
         return ctypes.addressof(self._struct)
 
+    @cached_property
+    def many(self) -> bool:
+        """Whether the compiled product is made for many rows of bfloat16 too: by a matrix unit."""
+        found = library()
+        return (found is not None and self.weight.dtype == torch.bfloat16
+                and bool(found.unit_multiplies(self.out_features, self.in_features)))
+
     def forward(self, x: Tensor) -> Tensor:
         x_MI = x.reshape(-1, self.in_features).contiguous()
         rows = len(x_MI)
-        if rows > FEW_ROWS:
+        if rows > FEW_ROWS and not (self.many and x.dtype == torch.bfloat16):
             return self._many(x)
         found = library()
         assert found is not None
@@ -88,13 +95,9 @@ def may_widen(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def may_pair(weight_OI: Tensor) -> bool:
-    """Whether a weight in bfloat16 is best read as it is stored in a stream of bfloat16 as well.
-
-    A matrix unit (AMX) is faster, and wants weights in a layout of its own.
-    """
+    """Whether a weight in bfloat16 is best read as it is stored in a stream of bfloat16 as well."""
     found = library() if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.bfloat16 else None
-    return (found is not None and torch.bfloat16 not in SLOW and not CAN.get("amx_bf16")
-            and bool(found.multiplies_pairs()))
+    return found is not None and torch.bfloat16 not in SLOW and bool(found.multiplies_pairs())
 
 
 def widens(block: nn.Module) -> bool:

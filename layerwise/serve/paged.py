@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -248,7 +249,11 @@ class PagedFlow(Flow):
         place_N = [start + token for row, start in zip(self.rows, starts, strict=True) for token in range(row.size)]
         longest = max(len(table.blocks) for table in tables)
         blocks_RM = [table.blocks + [0] * (longest - len(table.blocks)) for table in tables]
-        return Places(slots_N, *map(torch.tensor, (row_N, place_N, [table.first for table in tables], blocks_RM)))
+        stops = list(accumulate(row.size for row in self.rows))
+        alike = sorted(range(len(self.rows)), key=lambda index: tables[index].blocks)
+        order_N = [token for index in alike for token in range(stops[index] - self.rows[index].size, stops[index])]
+        firsts = [table.first for table in tables]
+        return Places(slots_N, *map(torch.tensor, (row_N, place_N, order_N, firsts, blocks_RM)))
 
     def recur(self, layer: int, advance: Recurrence, u_BTU: Tensor) -> Tensor:
         group, pool = self.table.layers[layer].group, self.pools[layer]

@@ -32,13 +32,17 @@ class World:
     """Sequences whose blocks lie in no order, and the same keys in one piece."""
 
     def __init__(self, a: Attention, dtype: torch.dtype, kept: torch.dtype | None = None,
-                 rows: list[tuple[int, int]] = ROWS) -> None:
+                 rows: list[tuple[int, int]] = ROWS, block: int = BLOCK, shared: int = 0) -> None:
+        """Every other sequence that can has its first `shared` blocks from the first that can."""
         draw = torch.Generator().manual_seed(0)
-        self.a, self.dtype = a, dtype
-        needed = [-(-(past + new) // BLOCK) for past, new in rows]
+        self.a, self.dtype, self.block = a, dtype, block
+        needed = [-(-(past + new) // block) for past, new in rows]
         order = torch.randperm(sum(needed) + 2, generator=draw).tolist()
         self.blocks = [[order.pop() for _ in range(count)] for count in needed]
-        shape = a.kv_heads, (sum(needed) + 2) * BLOCK, a.head_dim
+        able = [index for index, (past, _) in enumerate(rows) if past >= shared * block]
+        for index in able[::2]:
+            self.blocks[index][:shared] = self.blocks[able[0]][:shared]
+        shape = a.kv_heads, (sum(needed) + 2) * block, a.head_dim
         self.k, self.v = (torch.randn(shape, generator=draw).to(kept or dtype) for _ in range(2))
         tokens = sum(new for _, new in rows)
         self.qkv = torch.randn(tokens, (a.heads + 2 * a.kv_heads) * a.head_dim, generator=draw).to(dtype)
@@ -48,7 +52,7 @@ class World:
         self.q_norm, self.k_norm = torch.rand(2, a.head_dim, generator=draw) + 0.5
 
     def slots(self, row: int, stop: int) -> list[int]:
-        return [self.blocks[row][slot // BLOCK] * BLOCK + slot % BLOCK for slot in range(stop)]
+        return [self.blocks[row][slot // self.block] * self.block + slot % self.block for slot in range(stop)]
 
     def found(self, first: int = 0, tokens: slice = slice(None)) -> Tensor:
         """From the compiled function, for some tokens, the first `first` blocks of every long sequence let go."""
@@ -57,11 +61,13 @@ class World:
         table = [blocks[gone:] + [0] * (longest - len(blocks) + gone)
                  for blocks, gone in zip(self.blocks, firsts, strict=True)]
         new = [self.slots(row, place + 1)[-1] for row, place in zip(self.row, self.places, strict=True)]
-        places = Places(*map(torch.tensor, (new[tokens], self.row[tokens], self.places[tokens], firsts, table)))
+        row = self.row[tokens]
+        order = sorted(range(len(row)), key=lambda token: (self.blocks[row[token]], token))
+        places = Places(*map(torch.tensor, (new[tokens], row, self.places[tokens], order, firsts, table)))
         a, flow = self.a, Flow(torch.tensor([self.places[tokens]]), dtype=self.dtype)
         rotation = None if a.rope is None else flow.rotation(a.rope, int(a.head_dim * a.rope.part))
         norms = HeadNorms(self.q_norm, self.k_norm, EPS) if a.qk_norm else None
-        return attend(self.qkv[tokens], Pages(Attended(a, self.k, self.v, BLOCK), places, rotation), norms)
+        return attend(self.qkv[tokens], Pages(Attended(a, self.k, self.v, self.block), places, rotation), norms)
 
     def expected(self, first: int = 0) -> Tensor:
         a = self.a
@@ -78,7 +84,7 @@ class World:
             k[:, slot], v[:, slot] = k_new[:, token], v_new[:, token]  # rounded to how they are kept
         out = []
         for token, (row, place) in enumerate(zip(self.row, self.places, strict=True)):
-            start = first * BLOCK if len(self.blocks[row]) > first + 1 else 0
+            start = first * self.block if len(self.blocks[row]) > first + 1 else 0
             start = max(start, 0 if a.window is None else place + 1 - a.window)
             slots = self.slots(row, place + 1)[start:]
             of_head = [head // (a.heads // a.kv_heads) for head in range(a.heads)]
@@ -112,19 +118,27 @@ MANY = {
     "plain": LARGE, "window": replace(LARGE, window=20), "narrow heads": replace(PLAIN, head_dim=32),
     "not a power of two": replace(PLAIN, head_dim=96), "half rotated": replace(LARGE, rope=Rope(part=0.5)),
     "norms of heads": replace(LARGE, qk_norm=True), "soft cap": replace(LARGE, softcap=3.0),
-    "more heads than a tile has": replace(LARGE, heads=50, kv_heads=1), "a key head each": replace(LARGE, kv_heads=6)}
+    "more heads than a tile has": replace(LARGE, heads=50, kv_heads=1), "a key head each": replace(LARGE, kv_heads=6),
+    "wide heads": replace(PLAIN, head_dim=128)}
+SHARING = [(200, 1), (67, 1), (64, 20), (130, 1), (300, 1), (150, 3), (64, 1), (0, 30), (90, 1)]
+"""Rows of which some see the same slots."""
+WORLDS = pytest.mark.parametrize(("rows", "block", "shared"), [(PROMPTS, 4, 0), (PROMPTS, 16, 0), (PROMPTS, 32, 0),
+                                                               (SHARING, 16, 4), (SHARING, 32, 2)])
 
 
+@WORLDS
 @pytest.mark.parametrize("kind", MANY)
-def test_what_the_tokens_of_prompts_get(kind: str) -> None:
-    world = World(MANY[kind], torch.bfloat16, rows=PROMPTS)
+def test_what_the_tokens_of_prompts_get(kind: str, rows: list[tuple[int, int]], block: int, shared: int) -> None:
+    world = World(MANY[kind], torch.bfloat16, rows=rows, block=block, shared=shared)
     expected = world.expected()
     torch.testing.assert_close(world.found().double(), expected, rtol=2e-2, atol=2e-2)
 
 
+@WORLDS
 @pytest.mark.parametrize("kind", MANY)
-def test_a_token_does_not_depend_on_those_it_comes_with(kind: str) -> None:
-    world = World(MANY[kind], torch.bfloat16, rows=PROMPTS)
+def test_a_token_does_not_depend_on_those_it_comes_with(kind: str, rows: list[tuple[int, int]], block: int,
+                                                        shared: int) -> None:
+    world = World(MANY[kind], torch.bfloat16, rows=rows, block=block, shared=shared)
     together = world.found()
     alone = torch.cat([world.found(tokens=slice(token, token + 1)) for token in range(len(together))])
     parts = torch.cat([world.found(tokens=slice(first, first + 23)) for first in range(0, len(together), 23)])

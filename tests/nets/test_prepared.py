@@ -165,10 +165,21 @@ def test_products_in_bfloat16_are_rounded_once(inputs: int) -> None:
 
 
 @PAIRS
-def test_a_row_in_bfloat16_does_not_depend_on_its_mates() -> None:
-    layer, x = HalfLinear(torch.randn(43, 70).bfloat16()), torch.randn(9, 70).bfloat16()
+@pytest.mark.parametrize(("outputs", "inputs"), [(43, 70), (43, 64), (16, 32), (128, 96)])
+def test_a_row_in_bfloat16_does_not_depend_on_its_mates(outputs: int, inputs: int) -> None:
+    layer = HalfLinear(torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs))
+    rows = 2 * FEW_ROWS + 5 if layer.many else FEW_ROWS
+    x = torch.randn(rows, inputs).bfloat16()
     together = layer(x)
-    assert all(torch.equal(layer(x[row : row + 1])[0], together[row]) for row in range(9))
+    for first, count in ((0, 1), (3, 2), (rows - 17, 17), (1, 33), (0, FEW_ROWS)):
+        assert torch.equal(layer(x[first : first + count]), together[first : first + count])
+
+
+@PAIRS
+def test_a_matrix_unit_takes_rows_that_are_more_than_its_panel() -> None:
+    layer, x = HalfLinear(torch.randn(33, 4096).bfloat16()), torch.randn(300, 4096).bfloat16()
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double())
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-3)
 
 
 @PAIRS
@@ -176,7 +187,8 @@ def test_blocks_in_bfloat16_take_few_tokens_in_one_call() -> None:
     fast = prepared(random_stack(2, dtype="bfloat16"))
     block = fast.block(0)
     assert isinstance(block, DirectBlock) and block.step is not None
-    assert any(isinstance(module, HalfLinear) for module in block.modules())
+    layers = [module for module in block.modules() if isinstance(module, HalfLinear)]
+    assert layers and (block.step.most > 10**6) == all(layer.many for layer in layers)  # any number on a matrix unit
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
