@@ -1,5 +1,6 @@
-/* A whole block for few tokens, or any number where its matrices are for a matrix unit: x + attention(norm x), then x + down(activation(gate(norm x)) * up(norm x)); what
-   a half writes is normed once more where the block has norms behind its halves. */
+/* A whole block for few tokens, or for any number where a matrix unit multiplies: x + attention(norm x), then
+   x + down(activation(gate(norm x)) * up(norm x)); what a half writes is normed once more where the block has norms behind
+   its halves. */
 
 #include "native.h"
 
@@ -48,8 +49,8 @@ static void add(const void *x, void *y, const float *norm, float eps, int64_t ro
     else add_in(x, y, rows * width, to, 0, threads);
 }
 
-/* x, y [tokens, hidden]; the rest as in `attend`. Gives 0, or 1 where memory ran out. */
-int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, const void *x, const void *cos,
+/* x, y [tokens, hidden], which may be the same; the rest as in `attend`. Gives 0, or 1 where memory ran out. */
+static int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, const void *x, const void *cos,
                const void *sin, void *k, void *v, void *y, int half, int kept, int threads) {
     const int64_t hidden = b->hidden, heads = a->heads * a->width, all = heads + 2 * a->kv_heads * a->width;
     const int64_t size = half ? 2 : 4, wide = all > 2 * b->inner ? all : 2 * b->inner;
@@ -68,5 +69,24 @@ int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, 
     failed |= product(b->down, mixed, tokens, NULL, normed, hidden, half, threads);
     add(y, normed, b->feed_forward_post, b->eps, tokens, hidden, y, half, threads);
     free(normed);
+    return failed;
+}
+
+/* A block with what its tokens attend to; `kept` says whether keys and values are bfloat16. */
+typedef struct {
+    const Block *block;
+    const Shape *shape;
+    const Places *places;
+    const void *cos, *sin;
+    void *k, *v;
+    int64_t kept;
+} Pass;
+
+/* Blocks one after the other. */
+int block_steps(const Pass *pass, int64_t count, int64_t tokens, const void *x, void *y, int half, int threads) {
+    int failed = 0;
+    for (const Pass *p = pass; p < pass + count; x = y, p++)
+        failed |= block_step(p->block, p->shape, p->places, tokens, x, p->cos, p->sin, p->k, p->v, y, half, (int)p->kept,
+                             threads);
     return failed;
 }

@@ -1,10 +1,9 @@
 """The functions in C, compiled for this processor on first use.
 
 Few new tokens pass a layer in forty small calls of torch, whose int4 kernels for a CPU read at a third of the speed of
-memory. `native.c`, `dense.c`, `pairs.c`, `attend.c` and `block.c` hold what decoding needs instead; `tiles.c`, `unit.c`
-and `unit_attend.c` what prompts need as well. They are compiled once, in four seconds, where there is a C compiler with
-OpenMP, and kept in the cache folder. Nothing depends on them: without a compiler, or with LAYERWISE_NATIVE=0 in the
-environment, torch's kernels are used.
+memory. These functions do what decoding needs instead; `tiles.c`, `unit.c` and `unit_attend.c` what prompts need as
+well. They are compiled once, in four seconds, where there is a C compiler with OpenMP, and kept in the cache folder.
+Nothing depends on them: without a compiler, or with LAYERWISE_NATIVE=0 in the environment, torch's kernels are used.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ import torch
 from layerwise.places import cache_folder
 
 SOURCES = [Path(__file__).with_name(name) for name in (
-    "native.h", "half.h", "native.c", "dense.c", "pairs.c", "unit.c", "attend.c", "tiles.c", "unit_attend.c",
-    "block.c")]
+    "native.h", "half.h", "packed.h", "native.c", "codes.c", "codes_wide.c", "dense.c", "pairs.c", "unit.c", "attend.c",
+    "tiles.c", "unit_attend.c", "block.c")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
          "-ffp-contract=off",  # so that a row's numbers do not depend on how many rows are multiplied at once
          "-fopenmp", "-fPIC", "-shared")
@@ -53,7 +52,7 @@ def library() -> ctypes.CDLL | None:
     found.rms_norm.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int, c_int]
     found.gate_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int, c_int]
     found.attend.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int, c_int]
-    found.block_step.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int, c_int]
+    found.block_steps.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int]
     found.tiles.argtypes = [c_void_p]
     found.unit_multiplies.argtypes = [c_int64, c_int64]
     found.rms_norm.restype = found.gate_times.restype = None

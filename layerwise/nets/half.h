@@ -88,6 +88,9 @@ typedef struct {
 static const Tiles WHOLE = {.palette = 1, .across = {64, 64, 64, 64, 64, 64, 64, 64},
                             .down = {16, 16, 16, 16, 16, 16, 16, 16}};
 
+/* All that was written is there: loads of tiles do not tell the compiler that they read memory. */
+INLINE void settle(void) { __asm__ volatile("" : : : "memory"); }
+
 /* Sixteen rows, `apart`, become columns; where there are only `count`, the last stands for the rest. */
 INLINE void turn_rows(const bf16 *rows, int64_t apart, int64_t count, int64_t inputs, bf16 *columns) {
     const bf16 *of[SIDE];

@@ -6,41 +6,12 @@
 
    Numbers come and go as float32 or bfloat16. A group with an infinity or a NaN makes its row NaN. */
 
-#include "native.h"
+#include "packed.h"
 
-typedef int16_t shorts __attribute__((vector_size(32)));
-typedef int16_t loose_shorts __attribute__((vector_size(32), aligned(2)));
+enum { LARGEST = 32767 };
 
-enum { PIECE = 32, HALF = PIECE / 2, MOST_ROWS = 4, LARGEST_GROUP = 256, CHUNK = MANY, LARGEST = 32767, TILE = 16 };
-
-typedef struct {
-    const int16_t *fixed;    /* [rows, inputs]; for nibbles, of every piece the even inputs and then the odd ones */
-    const float *step, *sum; /* [rows, whole], of every group; zero where there is none */
-    int64_t groups, whole;   /* groups in a row, and rounded up to whole chunks */
-} Fixed;
-
-/* `pairs` is a0 b0 + a1 b1, a2 b2 + a3 b3, ...; the others are sixteen bytes as they are, and with their signs. */
-#ifdef __AVX2__
-INLINE many_ints pairs(shorts a, shorts b) { return (many_ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
-INLINE shorts from_bytes(const uint8_t *x) { return (shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)x)); }
-INLINE shorts from_signed(const uint8_t *x) {
-    return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)x));
-}
-#else
-typedef uint8_t loose_bytes __attribute__((vector_size(16), aligned(1)));
-typedef int8_t signed_bytes __attribute__((vector_size(16)));
-INLINE many_ints pairs(shorts a, shorts b) {
-    many_ints sum;
-    for (int i = 0; i < MANY; i++) sum[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
-    return sum;
-}
-INLINE shorts from_bytes(const uint8_t *x) { return __builtin_convertvector(*(const loose_bytes *)x, shorts); }
-INLINE shorts from_signed(const uint8_t *x) {
-    return __builtin_convertvector((signed_bytes)*(const loose_bytes *)x, shorts);
-}
-#endif
-
-static void fix_group(const float *x, int64_t group, int64_t kind, int16_t *fixed, float *step, float *sum) {
+/* A group in fixed point, with its step and its sum. */
+static void fix_group(const float *x, int64_t group, int16_t *fixed, float *step, float *sum) {
     int32_t most = 0, total = 0; /* absolute values of floats are ordered as their bits are */
     for (int64_t i = 0; i < group; i++) {
         int32_t bits;
@@ -56,133 +27,32 @@ static void fix_group(const float *x, int64_t group, int64_t kind, int16_t *fixe
     float largest;
     memcpy(&largest, &most, 4);
     const float inverse = largest > 1e-30f ? LARGEST / largest : 0;
-    int16_t in_order[LARGEST_GROUP];
     for (int64_t i = 0; i < group; i++) {
         const int32_t value = (int32_t)rintf(x[i] * inverse);
-        in_order[i] = (int16_t)value;
+        fixed[i] = (int16_t)value;
         total += value;
     }
     *step = largest / LARGEST;
     *sum = *step * (float)total;
-    if (kind != NIBBLES) {
-        memcpy(fixed, in_order, group * sizeof *fixed);
-        return;
-    }
-    for (int64_t p = 0; p < group; p += PIECE)
-        for (int i = 0; i < HALF; i++) {
-            fixed[p + i] = in_order[p + 2 * i];
-            fixed[p + HALF + i] = in_order[p + 2 * i + 1];
-        }
-}
-
-/* The sum over one group of codes times fixed x, for `rows` rows that lie `inputs` apart. */
-INLINE void group_of(const uint8_t *codes, const int16_t *x, int64_t group, int64_t inputs, int rows, int kind,
-                     many_ints *part) {
-    for (int64_t i = 0; i < group; i += PIECE, x += PIECE) {
-        shorts first, second;
-        if (kind == NIBBLES) {
-            const shorts both = from_bytes(codes);
-            first = both & 15, second = both >> 4;
-            codes += HALF;
-        } else {
-            first = kind == BYTES ? from_bytes(codes) : from_signed(codes);
-            second = kind == BYTES ? from_bytes(codes + HALF) : from_signed(codes + HALF);
-            codes += PIECE;
-        }
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
-            const int16_t *in = x + m * inputs;
-            part[m] += pairs(first, *(const loose_shorts *)in) + pairs(second, *(const loose_shorts *)(in + HALF));
-        }
-    }
-}
-
-/* Adds to `total` what group `j` of a chunk gives for `rows` rows. */
-INLINE void add_group(const uint8_t *codes, const int16_t *x, int64_t group, int64_t inputs, int rows, int kind, int j,
-                      float factor[MOST_ROWS][CHUNK], many *total) {
-    many_ints part[MOST_ROWS] = {{0}};
-    group_of(codes, x, group, inputs, rows, kind, part);
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++) total[m] += __builtin_convertvector(part[m], many) * factor[m][j];
-}
-
-/* One output of `rows` rows; `rows`, `kind` and a group of one piece are constants where it is used. */
-INLINE void output(const Matrix *w, int64_t o, int rows, Fixed x, float *y, int kind, int64_t group) {
-    const int64_t groups = x.groups, stored = kind == NIBBLES ? group / 2 : group;
-    const uint8_t *codes = w->codes + o * groups * stored;
-    const bf16 *scales = w->scale + o * groups, *zeros = w->zero ? w->zero + o * groups : NULL;
-    const float middle = kind == NIBBLES ? 8 : kind == BYTES ? 128 : 0;
-    many total[MOST_ROWS] = {{0}};
-    for (int64_t first = 0; first < groups; first += CHUNK) {
-        const int64_t count = groups - first < CHUNK ? groups - first : CHUNK;
-        float factor[MOST_ROWS][CHUNK];
-        many scale = {0}, zero = {0};
-        if (o * groups + first + CHUNK <= w->outputs * groups) { /* what is the next output's meets steps of zero */
-            scale = load_many_bf16(scales + first);
-            if (zeros) zero = load_many_bf16(zeros + first);
-        } else
-            for (int64_t j = 0; j < count; j++) {
-                scale[j] = widened(scales[first + j]);
-                if (zeros) zero[j] = widened(zeros[first + j]);
-            }
-        const many shift = zero - middle * scale;
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
-            const int64_t at = m * x.whole + first;
-            const many f = scale * *(const loose_many *)(x.step + at);
-            memcpy(factor[m], &f, sizeof f);
-            __asm__("" : "+m"(factor[m])); /* to be read from memory: shuffling it across the vector takes longer */
-            total[m] += shift * *(const loose_many *)(x.sum + at);
-        }
-        const int16_t *fixed = x.fixed + first * group;
-        if (rows == 1 && count == CHUNK) {
-#pragma GCC unroll 8
-            for (int j = 0; j < CHUNK; j++)
-                add_group(codes + j * stored, fixed + j * group, group, w->inputs, rows, kind, j, factor, total);
-        } else
-            for (int64_t j = 0; j < count; j++)
-                add_group(codes + j * stored, fixed + j * group, group, w->inputs, rows, kind, (int)j, factor, total);
-        codes += count * stored;
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++) y[m] = sum_of_many(total[m]);
-}
-
-/* A few outputs at a time, so that what is the same for all of them is found once. */
-INLINE void outputs_in(const Matrix *w, int64_t from, int64_t to, int rows, Fixed x, float y[TILE][MOST_ROWS], int kind,
-                       int64_t group) {
-    for (int64_t o = from; o < to; o++) output(w, o, rows, x, y[o - from], kind, group);
-}
-
-#define OF_KIND(n)                                                                                 \
-    if (w->kind == NIBBLES && w->group == PIECE) outputs_in(w, from, to, n, x, y, NIBBLES, PIECE); \
-    else if (w->kind == NIBBLES) outputs_in(w, from, to, n, x, y, NIBBLES, w->group);              \
-    else if (w->kind == BYTES) outputs_in(w, from, to, n, x, y, BYTES, w->group);                  \
-    else outputs_in(w, from, to, n, x, y, SIGNED_BYTES, w->group)
-
-static void outputs_of(const Matrix *w, int64_t from, int64_t to, int rows, const Fixed x, float y[TILE][MOST_ROWS]) {
-    if (rows == 1) { OF_KIND(1); }
-    else if (rows == 2) { OF_KIND(2); }
-    else if (rows == 3) { OF_KIND(3); }
-    else { OF_KIND(4); }
 }
 
 /* y = x w' + bias; x [rows, inputs], y [rows, outputs] with rows `stride` apart. Gives 0, or 1 where memory ran out. */
 int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                    int threads) {
     const int64_t inputs = w->inputs, outputs = w->outputs, groups = inputs / w->group;
-    const int64_t whole = (groups + CHUNK - 1) / CHUNK * CHUNK;
+    const int64_t whole = (groups + CHUNK - 1) / CHUNK * CHUNK, apart = (inputs + 2 * PIECE - 1) / (2 * PIECE) * 2 * PIECE;
     /* Vectors of x that do not straddle lines of the cache are read a third faster. */
-    float *step = aligned_alloc(LINE, lines(rows * (inputs * sizeof(int16_t) + 2 * whole * sizeof(float))));
+    float *step = aligned_alloc(LINE, lines(rows * (apart * sizeof(int16_t) + 2 * whole * sizeof(float))));
     if (!step) return 1;
     float *sum = step + rows * whole, wide[LARGEST_GROUP];
-    int16_t *fixed = (int16_t *)(sum + rows * whole);
-    memset(step, 0, 2 * rows * whole * sizeof(float));
+    int16_t *fixed = (int16_t *)(sum + rows * whole), in_order[LARGEST_GROUP];
+    memset(step, 0, rows * (apart * sizeof(int16_t) + 2 * whole * sizeof(float)));
     for (int64_t m = 0; m < rows; m++)
         for (int64_t g = 0; g < groups; g++) {
             for (int64_t i = 0; i < w->group; i++) wide[i] = get(x, m * inputs + g * w->group + i, half);
             const int64_t at = m * whole + g;
-            fix_group(wide, w->group, w->kind, fixed + m * inputs + g * w->group, step + at, sum + at);
+            fix_group(wide, w->group, in_order, step + at, sum + at);
+            lay_out(in_order, g * w->group, w->group, w->kind, fixed + m * apart);
         }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t from = 0; from < outputs; from += TILE) {
@@ -190,7 +60,7 @@ int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bi
         for (int64_t m = 0; m < rows; m += MOST_ROWS) {
             const int some = rows - m < MOST_ROWS ? (int)(rows - m) : MOST_ROWS;
             float found[TILE][MOST_ROWS];
-            const Fixed part = {fixed + m * inputs, step + m * whole, sum + m * whole, groups, whole};
+            const Fixed part = {fixed + m * apart, step + m * whole, sum + m * whole, groups, whole, apart};
             outputs_of(w, from, to, some, part, found);
             for (int r = 0; r < some; r++)
                 for (int64_t o = from; o < to; o++)

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from layerwise.nets.attend import HeadNorms
+from layerwise.nets.attend import HeadNorms, Pages
 from layerwise.nets.attention import Attention
 from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.decoder import Block, Branch, shallow
@@ -36,7 +36,7 @@ from layerwise.nets.flow import Flow
 from layerwise.nets.native import NativeMatrix
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedLinear
-from layerwise.nets.step import Step
+from layerwise.nets.step import Step, through
 from layerwise.nets.wide import HalfLinear, Narrow, WideRMSNorm
 
 M = TypeVar("M", bound=nn.Module)
@@ -47,12 +47,16 @@ class DirectBlock(Direct, Block):
 
     step: Step | None = None
 
+    def passed(self, x_BTC: Tensor, flow: Flow, layer: int) -> tuple[Step, Pages] | None:
+        """What `through` needs to take these hidden states through the block; None where it cannot."""
+        if self.step is None or x_BTC.numel() > self.step.most:
+            return None
+        pages = flow.pages(self.step.attention, layer, x_BTC.dtype)
+        return None if pages is None else (self.step, pages)
+
     def forward(self, x_BTC: Tensor, flow: Flow, layer: int) -> Tensor:
-        if self.step is not None and x_BTC.numel() <= self.step.most:
-            pages = flow.pages(self.step.attention, layer, x_BTC.dtype)
-            if pages is not None:
-                return self.step(x_BTC[0], pages)[None]
-        return super().forward(x_BTC, flow, layer)
+        passed = self.passed(x_BTC, flow, layer)
+        return super().forward(x_BTC, flow, layer) if passed is None else through([passed], x_BTC[0])[None]
 
 
 class DirectBranch(Direct, Branch):

@@ -1,5 +1,5 @@
 """A block, its matrices packed or dense in half precision, for few tokens in one compiled call, or for any number where
-a matrix unit multiplies all of them.
+a matrix unit multiplies all of them. Blocks one after the other are one call as well.
 
 Shapes: N tokens, C hidden width.
 """
@@ -54,7 +54,7 @@ class Step:
             None if attention.norms is None else attention.norms.address, hidden, down.in_features,
             ACTIVATIONS[feed_forward.spec.activation], first.eps)
         many = all(isinstance(layer, HalfLinear) and layer.many for layer in (*qkv, *gate_up, o, down))
-        self._address, self.most = ctypes.addressof(self._struct), sys.maxsize if many else FEW_TOKENS * hidden
+        self.address, self.most = ctypes.addressof(self._struct), sys.maxsize if many else FEW_TOKENS * hidden
 
     @staticmethod
     def of(block: Block) -> Step | None:
@@ -71,16 +71,25 @@ class Step:
             return None
         return Step(mixer, body, known)
 
-    def __call__(self, x_NC: Tensor, pages: Pages) -> Tensor:
-        """The block's output, [N, C]."""
-        found = library()
-        assert found is not None
-        x_NC = x_NC.contiguous()
-        y_NC = torch.empty_like(x_NC)
-        if found.block_step(self._address, pages.shape, pages.places, len(x_NC), x_NC.data_ptr(), pages.cos, pages.sin,
-                            pages.k, pages.v, y_NC.data_ptr(), DTYPES[x_NC.dtype], pages.kept, torch.get_num_threads()):
-            raise MemoryError(f"no memory for a block with {len(x_NC)} tokens")
-        return y_NC
+
+class _Pass(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in ("block", "shape", "places", "cos", "sin", "k", "v")] + [
+        ("kept", c_int64)]
+
+
+def through(steps: Sequence[tuple[Step, Pages]], x_NC: Tensor) -> Tensor:
+    """What blocks one after the other make of hidden states, [N, C], in one call."""
+    found = library()
+    assert found is not None
+    x_NC = x_NC.contiguous()
+    y_NC = torch.empty_like(x_NC)
+    passes = (_Pass * len(steps))(*[
+        _Pass(step.address, pages.shape, pages.places, pages.cos, pages.sin, pages.k, pages.v, pages.kept)
+        for step, pages in steps])
+    if found.block_steps(passes, len(steps), len(x_NC), x_NC.data_ptr(), y_NC.data_ptr(), DTYPES[x_NC.dtype],
+                         torch.get_num_threads()):
+        raise MemoryError(f"no memory for a block with {len(x_NC)} tokens")
+    return y_NC
 
 
 def _parts(body: nn.Module, names: Sequence[str]) -> list[Layer]:

@@ -28,6 +28,7 @@ int unit_multiplies(int64_t outputs, int64_t inputs) {
    of memory from `next` on are fetched: no hardware looks beyond a page. */
 INLINE void sums_of(const bf16 *rows, int64_t below, int64_t apart, const bf16 *columns, int64_t steps, int tiles,
                     const char *next, int64_t lines, float sums[4][SIDE * SIDE]) {
+    settle();
     _tile_zero(0);
     _tile_zero(2);
     if (tiles > 1) {
@@ -135,7 +136,8 @@ static Outputs block_of(const Joined *w, int64_t b) {
    or 1 where memory ran out. */
 int unit_product(const Joined *w, const bf16 *x, int64_t rows, bf16 *y, int64_t stride, int threads) {
     const int64_t inputs = w->parts[0]->inputs, near = PANEL / (int64_t)sizeof *x / inputs;
-    const int64_t panel = near > TWICE ? near : TWICE, turned = rows > FEW ? threads * TWICE : (rows + SIDE - 1) / SIDE * SIDE;
+    const int64_t panel = near > TWICE ? near : TWICE;
+    const int64_t turned = rows > FEW ? threads * TWICE : (rows + SIDE - 1) / SIDE * SIDE;
     int64_t blocks = 0;
     for (int i = 0; i < 3 && w->parts[i]; i++) blocks += blocks_of(w->parts[i]);
     bf16 *columns = aligned_alloc(LINE, turned * inputs * sizeof *columns);

@@ -59,6 +59,7 @@ INLINE void fetch_slot(const Slots *slots, int64_t j, int64_t width) {
 
 /* Logits of a column of queries with the keys of SPAN slots. */
 INLINE void logits_of(const Slots *keys, const bf16 *queries, int64_t width, float *logits) {
+    settle();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -83,6 +84,7 @@ INLINE void logits_of(const Slots *keys, const bf16 *queries, int64_t width, flo
 /* Sums over the slots of AT_ONCE tiles of channels. */
 INLINE void sums_of_values(const bf16 *values, const bf16 *weights, float *sums) {
     enum { NEXT = SPAN / DEEP * NUMBERS };
+    settle();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

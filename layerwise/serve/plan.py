@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from layerwise.nets.attend import Pages
 from layerwise.nets.flow import Flow
+from layerwise.nets.prepared import DirectBlock
+from layerwise.nets.step import Step, through
 from layerwise.serve.sequence import Row
 from layerwise.stack.decoder import DecoderStack
 
@@ -20,10 +23,17 @@ Action = Callable[[DecoderStack, Tensor, Flow, range], Tensor]
 
 
 def in_order(stack: DecoderStack, x_1NC: Tensor, flow: Flow, layers: range) -> Tensor:
-    """One layer after the other."""
+    """One layer after the other; neighbours that are a compiled call each are one call together."""
+    passed: list[tuple[Step, Pages]] = []
     for layer in layers:
-        x_1NC = stack.block(layer)(x_1NC, flow, layer)
-    return x_1NC
+        block = stack.block(layer)
+        one = block.passed(x_1NC, flow, layer) if isinstance(block, DirectBlock) else None
+        if one is not None:
+            passed.append(one)
+            continue
+        x_1NC = block(through(passed, x_1NC[0])[None] if passed else x_1NC, flow, layer)
+        passed = []
+    return through(passed, x_1NC[0])[None] if passed else x_1NC
 
 
 @dataclass(frozen=True)
