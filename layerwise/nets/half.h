@@ -1,5 +1,7 @@
 /* What functions for processors that multiply pairs of bfloat16 share, and those for a matrix unit (AMX). */
 
+#pragma once
+
 #include "native.h"
 
 #ifdef __AVX512BF16__
@@ -12,20 +14,17 @@ INLINE __m512 values_from(const bf16 *x) {
 
 INLINE void store_narrow(bf16 *to, __m512 x) { _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
-/* exp x, 0 for x below -87. */
-INLINE __m512 exp_of_wide(__m512 x) {
-    const __mmask16 live = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87), _CMP_GE_OQ);
-    const __m512 turns = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    const __m512 r = _mm512_fnmadd_ps(turns, _mm512_set1_ps(-2.12194440e-4f),
-                                      _mm512_fnmadd_ps(turns, _mm512_set1_ps(0.693359375f), x));
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1));
-    return _mm512_maskz_scalef_ps(live, p, turns);
+static const float LOG2_OF_E = 1.44269504f;
+
+/* 2^x, its relative error below 2e-7, and exactly 1 for 0; 0 where float32 has no number for it. */
+INLINE __m512 two_to(__m512 x) {
+    const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 p = _mm512_set1_ps(1.86713052e-3f);
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(9.01702978e-3f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(5.57999127e-2f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.240164444f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.693151295f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, part, _mm512_set1_ps(1)), x); /* by the whole number below x */
 }
 
 /* Sixteen rows of sixteen numbers of 32 bits become columns. */

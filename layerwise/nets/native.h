@@ -1,5 +1,7 @@
 /* What the compiled functions share: vectors of eight numbers, and numbers that come and go as float32 or bfloat16. */
 
+#pragma once
+
 #ifdef __SSE__
 #include <immintrin.h>
 #endif

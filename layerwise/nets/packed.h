@@ -1,6 +1,8 @@
 /* What the products with packed matrices share. A row of x is cut into the groups of the matrix, each in 16-bit fixed
    point. */
 
+#pragma once
+
 #include "native.h"
 
 enum { PIECE = 32, HALF = PIECE / 2, MOST_ROWS = 4, LARGEST_GROUP = 256, CHUNK = 16, TILE = 16 };

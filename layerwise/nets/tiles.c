@@ -112,7 +112,7 @@ INLINE void weigh(float *logits, float *most, float *sum, float *out, int64_t wi
             _mm512_store_ps(out + i, _mm512_mul_ps(_mm512_load_ps(out + i), _mm512_set1_ps(scale)));
     }
     for (int i = 0; i < SPAN / LANES; i++) {
-        part[i] = exp_of_wide(_mm512_sub_ps(part[i], _mm512_set1_ps(*most)));
+        part[i] = two_to(_mm512_mul_ps(_mm512_sub_ps(part[i], _mm512_set1_ps(*most)), _mm512_set1_ps(LOG2_OF_E)));
         _mm512_store_ps(logits + i * LANES, part[i]);
     }
     *sum += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3])));

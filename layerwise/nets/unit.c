@@ -1,19 +1,18 @@
 /* Products in bfloat16 by the matrix unit of a processor (AMX), for any number of rows. It multiplies a tile of sixteen rows
    of 32 inputs, as they are stored, with a tile of sixteen columns, which is turned over first: sixteen pairs of inputs
-   with sixteen columns. Of few rows of x and many outputs it is the few that are turned over, and the many are read as they
-   are. Sums are in float32, and each is made in the same order whichever is turned and however many rows there are. */
+   with sixteen columns. The rows are those of the matrix, read as it is stored; those of x are turned over, once for all
+   outputs. Sums are in float32, each made in the same order however many rows of x there are. */
 
 #include "half.h"
 
 #ifdef MATRIX_UNIT
 
-#include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Rows and outputs whose sums are made at once; bytes of rows that are met by all outputs before the next, as many as stay
-   near; up to how many rows it is they that are turned over. */
-enum { TWICE = 2 * SIDE, PANEL = 1 << 20, FEW = 48 };
+/* Outputs and rows of x whose sums are made at once; bytes of x that meet all outputs before the next, as many as stay
+   near. */
+enum { TWICE = 2 * SIDE, PANEL = 1 << 20 };
 
 /* Whether the system lets this process use the unit, and the sizes are whole tiles. */
 int unit_multiplies(int64_t outputs, int64_t inputs) {
@@ -82,8 +81,8 @@ INLINE void put_outputs(__m512 sums, const float *bias, int skip, bf16 *y) {
     _mm256_mask_storeu_epi16(y, which, (__m256i)_mm512_cvtneps_pbh(sums));
 }
 
-/* Outputs of `rows` rows of x, FEW at most, which are turned over in `columns`. */
-static void outputs_of_few(const Outputs *o, const bf16 *columns, int64_t rows, bf16 *y, int64_t stride) {
+/* Outputs of `rows` rows of x, which are turned over in `columns`. The outputs after them are fetched on the way. */
+static void outputs_of_rows(const Outputs *o, const bf16 *columns, int64_t rows, bf16 *y, int64_t stride) {
     const int64_t inputs = o->matrix->inputs, steps = inputs / DEEP, below = (o->at[1] - o->at[0]) * inputs;
     const bf16 *w = (const bf16 *)o->matrix->codes + o->at[0] * inputs, *from[SIDE];
     const char *next = (const char *)(w + TWICE * inputs);
@@ -103,25 +102,6 @@ static void outputs_of_few(const Outputs *o, const bf16 *columns, int64_t rows, 
     }
 }
 
-/* Outputs of more rows of x than a pass takes, as they are stored; the weights are turned over into `columns`. The weights
-   after them are fetched on the way, some in every pass. */
-static void outputs_of_many(const Outputs *o, const bf16 *x, int64_t rows, bf16 *columns, bf16 *y, int64_t stride) {
-    const int64_t inputs = o->matrix->inputs, steps = inputs / DEEP, lines = TWICE * TWICE / rows + 1;
-    const bf16 *w = (const bf16 *)o->matrix->codes + o->at[0] * inputs;
-    const char *next = (const char *)(w + TWICE * inputs), *end = next + TWICE * inputs * sizeof *w;
-    float sums[4][SIDE * SIDE] __attribute__((aligned(LINE)));
-    turn_rows(w, inputs, SIDE, inputs, columns);
-    turn_rows(w + (o->at[1] - o->at[0]) * inputs, inputs, SIDE, inputs, columns + SIDE * inputs);
-    for (int64_t m = 0; m < rows; m += TWICE, next += steps * lines * LINE) {
-        const int64_t start = m + TWICE <= rows ? m : rows - TWICE;
-        sums_of(x + start * inputs, SIDE * inputs, inputs, columns, steps, 2, next, next < end ? lines : 0, sums);
-        for (int t = 0; t < o->tiles; t++)
-            for (int i = 0; i < TWICE; i++)
-                put_outputs(_mm512_load_ps(sums[i / SIDE * 2 + t] + i % SIDE * SIDE),
-                            o->bias[t], o->skip[t], y + (start + i) * stride + o->to[t]);
-    }
-}
-
 INLINE int64_t blocks_of(const Matrix *w) { return (w->outputs + TWICE - 1) / TWICE; }
 
 /* Block `b` of those of all matrices one behind the other. */
@@ -135,36 +115,26 @@ static Outputs block_of(const Joined *w, int64_t b) {
 /* Matrices that read the same x [rows, inputs], their outputs side by side in y, whose rows lie `stride` apart. Gives 0,
    or 1 where memory ran out. */
 int unit_product(const Joined *w, const bf16 *x, int64_t rows, bf16 *y, int64_t stride, int threads) {
-    const int64_t inputs = w->parts[0]->inputs, near = PANEL / (int64_t)sizeof *x / inputs;
-    const int64_t panel = near > TWICE ? near : TWICE;
-    const int64_t turned = rows > FEW ? threads * TWICE : (rows + SIDE - 1) / SIDE * SIDE;
+    const int64_t inputs = w->parts[0]->inputs, near = PANEL / (int64_t)sizeof *x / inputs / TWICE * TWICE;
+    const int64_t all = (rows + SIDE - 1) / SIDE * SIDE, most = near > TWICE ? near : TWICE, panel = all < most ? all : most;
     int64_t blocks = 0;
     for (int i = 0; i < 3 && w->parts[i]; i++) blocks += blocks_of(w->parts[i]);
-    bf16 *columns = aligned_alloc(LINE, turned * inputs * sizeof *columns);
+    bf16 *columns = aligned_alloc(LINE, panel * inputs * sizeof *columns);
     if (!columns) return 1;
 #pragma omp parallel num_threads(threads)
     {
         _tile_loadconfig(&WHOLE);
-        if (rows <= FEW) {
-            for (int64_t m = SIDE * omp_get_thread_num(); m < rows; m += SIDE * threads)
-                turn_rows(x + m * inputs, inputs, rows - m, inputs, columns + m * inputs);
-#pragma omp barrier
+        for (int64_t from = 0; from < rows; from += panel) {
+            const int64_t here = rows - from < panel ? rows - from : panel;
+#pragma omp for schedule(static)
+            for (int64_t m = 0; m < here; m += SIDE)
+                turn_rows(x + (from + m) * inputs, inputs, here - m, inputs, columns + m * inputs);
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < blocks; b++) {
                 const Outputs some = block_of(w, b);
-                outputs_of_few(&some, columns, rows, y, stride);
+                outputs_of_rows(&some, columns, here, y + from * stride, stride);
             }
-        } else
-            for (int64_t end = 0; end < rows;) {
-                const int64_t from = rows - end < TWICE ? rows - TWICE : end;
-                end = rows - from < panel ? rows : from + panel;
-#pragma omp for schedule(static)
-                for (int64_t b = 0; b < blocks; b++) {
-                    const Outputs some = block_of(w, b);
-                    bf16 *mine = columns + omp_get_thread_num() * TWICE * inputs;
-                    outputs_of_many(&some, x + from * inputs, end - from, mine, y + from * stride, stride);
-                }
-            }
+        }
         _tile_release();
     }
     free(columns);

@@ -15,6 +15,9 @@
 /* Slots that are read at a time, and tiles of them; columns and tokens of a group at most; tiles of sums at once. */
 enum { SPAN = 64, PARTS = SPAN / SIDE, COLUMNS = 4, TOKENS = COLUMNS * SIDE, AT_ONCE = 4 };
 
+/* The logit of a slot that a query does not see, far below what the largest one is at first. */
+static const float HIDDEN = -1e36f, LOWEST = -1e30f;
+
 /* Tokens from `first` on in the order, and the heads from `head` on that read `kv_head`; `each` tokens stand in a column. */
 typedef struct {
     int64_t first, tokens, kv_head, head, heads, each;
@@ -137,34 +140,29 @@ INLINE void turn_values(const Slots *values, const Slots *next, int64_t from, in
 INLINE __m512 weigh_column(Room *room, int c, int64_t span, __mmask16 which, float scale, const Slots *next,
                            int64_t width) {
     const __m512i from = room->from[c], to = room->to[c];
-    const __m512 least = _mm512_set1_ps(-INFINITY), by = _mm512_set1_ps(scale);
+    const __m512 hidden = _mm512_set1_ps(HIDDEN), by = _mm512_set1_ps(scale * LOG2_OF_E);
     const int all = !(which & (_mm512_cmpgt_epi32_mask(from, _mm512_set1_epi32((int)span)) |
                                _mm512_cmplt_epi32_mask(to, _mm512_set1_epi32((int)span + SPAN))));
-    __m512 most[4] = {least, least, least, least};
+    for (int j = 0; !all && j < SPAN; j++) {
+        const __m512i slot = _mm512_set1_epi32((int)span + j);
+        const __mmask16 seen = _mm512_cmple_epi32_mask(from, slot) & _mm512_cmpgt_epi32_mask(to, slot);
+        _mm512_mask_store_ps(room->logits + j * LANES, (__mmask16)~seen, hidden);
+    }
+    __m512 most[4] = {hidden, hidden, hidden, hidden};
     for (int j = 0; j < SPAN; j += 4)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            float *at = room->logits + (j + i) * LANES;
-            __m512 logit = _mm512_mul_ps(_mm512_load_ps(at), by);
-            if (!all) {
-                const __m512i slot = _mm512_set1_epi32((int)span + j + i);
-                const __mmask16 seen = _mm512_cmple_epi32_mask(from, slot) & _mm512_cmpgt_epi32_mask(to, slot);
-                logit = _mm512_mask_mov_ps(least, seen, logit);
-            }
-            _mm512_store_ps(at, logit);
-            most[i] = _mm512_max_ps(most[i], logit);
-        }
+        for (int i = 0; i < 4; i++) most[i] = _mm512_max_ps(most[i], _mm512_load_ps(room->logits + (j + i) * LANES));
     const __m512 here = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
-    const __m512 now = _mm512_mask_max_ps(room->most[c], which, room->most[c], here);
-    const __m512 before = exp_of_wide(_mm512_sub_ps(room->most[c], now));
+    const __m512 now = _mm512_mask_max_ps(room->most[c], which, room->most[c], here), shift = _mm512_mul_ps(now, by);
+    const __m512 before = two_to(_mm512_mul_ps(_mm512_sub_ps(room->most[c], now), by));
     const __m512i by_slots = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                               5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
 #pragma GCC unroll 2
     for (int j = 0; j < SPAN; j += 2) {
         if (next) fetch_slot(next, j, width), fetch_slot(next, j + 1, width);
-        const __m512 a = exp_of_wide(_mm512_sub_ps(_mm512_load_ps(room->logits + j * LANES), now));
-        const __m512 b = exp_of_wide(_mm512_sub_ps(_mm512_load_ps(room->logits + (j + 1) * LANES), now));
+        const __m512 a = two_to(_mm512_fmsub_ps(_mm512_load_ps(room->logits + j * LANES), by, shift));
+        const __m512 b = two_to(_mm512_fmsub_ps(_mm512_load_ps(room->logits + (j + 1) * LANES), by, shift));
         sums[0] = _mm512_add_ps(sums[0], a), sums[1] = _mm512_add_ps(sums[1], b);
         _mm512_store_si512(room->weights + j * LANES,
                            _mm512_permutexvar_epi16(by_slots, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
@@ -245,7 +243,7 @@ INLINE void gather(const Shape *a, const Places *p, const Group *g, const bf16 *
         for (int64_t i = 0; i < width; i += DEEP)
             turned_over(of, i, (__m512i *)(room->queries + (c * width + i) * SIDE));
         room->from[c] = _mm512_load_si512(from + c * LANES), room->to[c] = _mm512_load_si512(to + c * LANES);
-        room->most[c] = _mm512_set1_ps(-1e30f), room->sum[c] = _mm512_setzero_ps();
+        room->most[c] = _mm512_set1_ps(LOWEST), room->sum[c] = _mm512_setzero_ps();
         memset(room->out + c * width * LANES, 0, width * LANES * sizeof *room->out);
     }
 }
@@ -304,7 +302,7 @@ static int64_t grouped(const Shape *a, const Places *p, int64_t first, int64_t t
 }
 
 int unit_attends(const Shape *a) {
-    return unit_multiplies(SIDE, DEEP) && a->softcap == 0 && a->width % (AT_ONCE * SIDE) == 0 && a->block % SIDE == 0;
+    return unit_multiplies(SIDE, DEEP) && a->softcap == 0 && a->scale > 0 && a->width % (AT_ONCE * SIDE) == 0 && a->block % SIDE == 0;
 }
 
 int unit_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const bf16 *qkv,
