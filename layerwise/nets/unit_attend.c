@@ -295,7 +295,8 @@ static int64_t grouped(const Shape *a, const Places *p, int64_t first, int64_t t
     for (; count < most && first + count < tokens; count++) {
         const int64_t next = p->order[first + count], other = p->row[next];
         if (other == row && p->place[next] == before + first + count) continue;
-        if (a->window || p->first[row] || p->first[other] || p->place[token] + 1 < SPAN || p->place[next] + 1 < SPAN) break;
+        if (a->window || p->first[row] || p->first[other]) break;
+        if (p->place[token] + 1 < SPAN || p->place[next] + 1 < SPAN) break;
         if (memcmp(table, p->table + other * p->columns, (SPAN + a->block - 1) / a->block * sizeof *table)) break;
     }
     return count;
