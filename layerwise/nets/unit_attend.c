@@ -1,10 +1,11 @@
 /* Attention in bfloat16 by the matrix unit of a processor (AMX).
 
-   A group is tokens whose sequences begin with the same blocks, for instance all of a prompt, with the heads that read the
-   same keys. It goes over slots SPAN at a time, from places that are the same for all tokens; what several tokens see in the
-   same blocks is read once for all of them. Queries stand in columns of sixteen: keys, as they are stored, times queries are
-   logits with a slot a row, so that softmax goes down the rows of sixteen queries at once; values turned over, times weights
-   rounded to bfloat16, are the results with a channel a row. What a token gets does not depend on its group. */
+   A group is tokens whose sequences begin with the same blocks, for instance all of a prompt, with the heads that read
+   the same keys. It goes over slots SPAN at a time, from places that are the same for all tokens; what several tokens see
+   in the same blocks is read once for all of them. Queries stand in columns of sixteen: keys, as they are stored, times
+   queries are logits with a slot a row, so that softmax goes down the rows of sixteen queries at once; values turned over,
+   times weights rounded to bfloat16, are the results with a channel a row. What a token gets does not depend on its
+   group. */
 
 #include "half.h"
 
@@ -18,7 +19,7 @@ enum { SPAN = 64, PARTS = SPAN / SIDE, COLUMNS = 4, TOKENS = COLUMNS * SIDE, AT_
 /* The logit of a slot that a query does not see, far below what the largest one is at first. */
 static const float HIDDEN = -1e36f, LOWEST = -1e30f;
 
-/* Tokens from `first` on in the order, and the heads from `head` on that read `kv_head`; `each` tokens stand in a column. */
+/* Tokens from `first` on in the order, and the heads from `head` on that read `kv_head`; a column holds `each` tokens. */
 typedef struct {
     int64_t first, tokens, kv_head, head, heads, each;
 } Group;
@@ -31,11 +32,11 @@ typedef struct {
 
 /* What one thread works in. */
 typedef struct {
-    bf16 *queries;         /* [COLUMNS, width / DEEP, NUMBERS], turned over */
-    bf16 *pairs, *values;  /* [width / SIDE, SIDE pairs of slots, SIDE]; [width / SIDE, SPAN / DEEP, NUMBERS], turned over */
-    float *logits, *sums;  /* [SPAN, LANES]; [AT_ONCE * SIDE, LANES] */
-    bf16 *weights;         /* [SPAN / DEEP, NUMBERS], pairs of slots */
-    float *out;            /* [COLUMNS, width, LANES] */
+    bf16 *queries;        /* [COLUMNS, width / DEEP, NUMBERS], turned over */
+    bf16 *pairs, *values; /* [width / SIDE, SIDE, SIDE pairs]; [width / SIDE, SPAN / DEEP, NUMBERS], turned over */
+    float *logits, *sums; /* [SPAN, LANES]; [AT_ONCE * SIDE, LANES] */
+    bf16 *weights;        /* [SPAN / DEEP, NUMBERS], pairs of slots */
+    float *out;           /* [COLUMNS, width, LANES] */
     __m512 most[COLUMNS], sum[COLUMNS];
     __m512i from[COLUMNS], to[COLUMNS];
     Sight sights[TOKENS];
@@ -214,11 +215,10 @@ INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, in
         const __m512 before = weigh_column(room, (int)c, span, which, a->scale, next, width);
         for (int64_t i = 0; i < width / SIDE; i += AT_ONCE) {
             sums_of_values(room->values + i * (SPAN / DEEP) * NUMBERS, room->weights, room->sums);
-            const int64_t rows = width - i * SIDE < AT_ONCE * SIDE ? width - i * SIDE : AT_ONCE * SIDE;
             float *out = room->out + (c * width + i * SIDE) * LANES;
-            for (int64_t j = 0; j < rows; j++, out += LANES) {
-                const __m512 old = _mm512_load_ps(out), more = _mm512_load_ps(room->sums + j * LANES);
-                _mm512_store_ps(out, _mm512_mask_mov_ps(old, which, _mm512_fmadd_ps(old, before, more)));
+            for (int64_t j = 0; j < AT_ONCE * SIDE; j++, out += LANES) {
+                const __m512 old = _mm512_load_ps(out), new = _mm512_load_ps(room->sums + j * LANES);
+                _mm512_store_ps(out, _mm512_mask_mov_ps(old, which, _mm512_fmadd_ps(old, before, new)));
             }
         }
     }
@@ -280,7 +280,8 @@ INLINE void group_in(const Shape *a, const Places *p, const Group *g, const bf16
             const Sight *one = room->sights + first;
             for (stop = first + 1; stop < g->tokens && alike(one, room->sights + stop, span, a->block);) stop++;
             int64_t seen = 0;
-            for (int64_t t = first; t < stop; t++) seen |= room->sights[t].from < span + SPAN && room->sights[t].to > span;
+            for (int64_t t = first; t < stop; t++)
+                seen |= room->sights[t].from < span + SPAN && room->sights[t].to > span;
             if (seen) span_of(a, g, room, span, first, stop, k, v, width);
         }
     scatter(a, g, room, out, width);
@@ -303,7 +304,8 @@ static int64_t grouped(const Shape *a, const Places *p, int64_t first, int64_t t
 }
 
 int unit_attends(const Shape *a) {
-    return unit_multiplies(SIDE, DEEP) && a->softcap == 0 && a->scale > 0 && a->width % (AT_ONCE * SIDE) == 0 && a->block % SIDE == 0;
+    return unit_multiplies(SIDE, DEEP) && a->softcap == 0 && a->scale > 0 && a->width % (AT_ONCE * SIDE) == 0 &&
+           a->block % SIDE == 0;
 }
 
 int unit_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const bf16 *qkv,
@@ -311,7 +313,7 @@ int unit_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t
     const int64_t width = a->width, group = a->heads / a->kv_heads, heads = group < LANES ? group : LANES;
     const int64_t each = LANES / heads, parts = (group + heads - 1) / heads;
     const size_t queries = lines(tokens * a->heads * width * sizeof(bf16));
-    const size_t numbers = (size_t)(COLUMNS * SIDE * width + SIDE * 2 * width + SPAN * width + SPAN * LANES) * sizeof(bf16);
+    const size_t numbers = (size_t)((COLUMNS * SIDE + 2 * SIDE + SPAN) * width + SPAN * LANES) * sizeof(bf16);
     const size_t floats = (SPAN * LANES + AT_ONCE * SIDE * LANES + COLUMNS * width * LANES) * sizeof(float);
     const size_t own = lines(numbers + floats + sizeof(Room));
     char *memory = aligned_alloc(LINE, lines(queries + threads * own + tokens * sizeof(int64_t)));
