@@ -160,6 +160,14 @@ def kl_of(point: Point) -> float:
     return float(np.sum(point["kl"]) / np.sum(point["positions"]))
 
 
+def rise(point: Point) -> tuple[float, str]:
+    """Perplexity increase over the original in percent, and the same with its 95 % interval."""
+    tokens = np.array(point["tokens"])
+    found = paired_ratio_interval((np.array(point["before"]), tokens), (np.array(point["after"]), tokens))
+    value, low, high = (100 * math.expm1(number) for number in (found.value, found.low, found.high))
+    return value, f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -261,14 +269,12 @@ def _mixtures(points: dict[str, Point]) -> list[str]:
         return []
     lines = ["", "Beside llama.cpp's mixtures (importance matrix from the same kind of text) at their own size; "
              "perplexity increase over the original:", "",
-             "| mixture | MB | llama.cpp | joint | ratio | KL llama.cpp | KL joint |", "|---|---|---|---|---|---|---|"]
+             "| mixture | MB | joint MB | llama.cpp | joint | ratio | KL llama.cpp | KL joint |", f"|{'---|' * 8}"]
     for name in known:
         theirs, ours = points[f"{name} llama.cpp"], points[f"{name} joint"]
-        rises = [100 * math.expm1(paired_ratio_interval(
-            (np.array(p["before"]), np.array(p["tokens"])), (np.array(p["after"]), np.array(p["tokens"]))).value)
-            for p in (theirs, ours)]
-        lines.append(f"| {name} | {theirs['bytes'] / 1e6:.1f} | {rises[0]:+.2f} % | {rises[1]:+.2f} % | "
-                     f"{rises[1] / rises[0]:.2f} | {kl_of(theirs):.4f} | {kl_of(ours):.4f} |")
+        (value, said), (our_value, our_said) = rise(theirs), rise(ours)
+        lines.append(f"| {name} | {theirs['bytes'] / 1e6:.1f} | {ours['bytes'] / 1e6:.1f} | {said} | {our_said} | "
+                     f"{our_value / value:.2f} | {kl_of(theirs):.4f} | {kl_of(ours):.4f} |")
     return lines
 
 

@@ -10,19 +10,15 @@ in 8 bits with a scale a row, and the joint plan has as many bytes as the other 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 import layerwise as lw
 from benchmarks.common import machine
-from benchmarks.pareto import Bench, Point, kl_of
+from benchmarks.pareto import Bench, kl_of, rise
 from layerwise.allocate.apply import apply
 from layerwise.allocate.budget import Budget
 from layerwise.allocate.plan import Edit, Plan
-from layerwise.data.bootstrap import paired_ratio_interval
 from layerwise.io import atomic
 from layerwise.spec import StackSpec
 from layerwise.stack.decoder import DecoderStack
@@ -54,14 +50,6 @@ def measure(bench: Bench, widths: Sequence[int], group: int, autoround: Path | N
         if autoround is not None and (folder := autoround / f"{bits}-{group}").is_dir():
             bench.point(f"{name} AutoRound", lambda size=size, folder=folder: (size, autorounded(bench, folder)))
         bench.point(f"{name} joint", lambda size=size: bench.joint(Budget(bytes=size)))
-
-
-def rise(point: Point) -> tuple[float, str]:
-    """Perplexity increase over the original in percent, and the same with its 95 % interval."""
-    tokens = np.array(point["tokens"])
-    found = paired_ratio_interval((np.array(point["before"]), tokens), (np.array(point["after"]), tokens))
-    value, low, high = (100 * math.expm1(number) for number in (found.value, found.low, found.high))
-    return value, f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]"
 
 
 def report(bench: Bench, model: str, widths: Sequence[int], group: int) -> str:
