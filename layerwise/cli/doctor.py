@@ -40,7 +40,7 @@ def environment() -> dict[str, object]:
 
     import torch
 
-    from layerwise.nets.compiled import library
+    from layerwise.nets.compiled import library, matrix_unit
     from layerwise.nets.dense import SLOW
     from layerwise.places import cache_folder
     from layerwise.report.machine import machine, versions
@@ -52,6 +52,7 @@ def environment() -> dict[str, object]:
         **machine(),
         "fast bfloat16": torch.bfloat16 not in SLOW,
         "compiled kernels": library() is not None,
+        "matrix unit": matrix_unit(),
         "interpreter": sys.executable,
         "cache": str(cache),
         "disk_free_bytes": shutil.disk_usage(place).free,

@@ -59,6 +59,12 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def matrix_unit() -> bool:
+    """Whether the functions multiply in bfloat16 by a matrix unit (AMX): there is one, and the system lets us use it."""
+    found = library()
+    return found is not None and bool(found.unit_multiplies(16, 32))  # one tile
+
+
 def _compiled() -> Path:
     """The shared library for this source, compiler and processor, made if it is not there yet."""
     compiler = shutil.which("cc") or shutil.which("gcc")

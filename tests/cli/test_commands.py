@@ -120,7 +120,7 @@ def test_reproduce_ends_well_whatever_held(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_doctor_reports_the_environment_and_a_model(layerwise: Command, model: Path) -> None:
     found = last(layerwise("doctor", model, "--json"))
-    assert {"python", "torch", "cores", "fast bfloat16", "compiled kernels",
+    assert {"python", "torch", "cores", "fast bfloat16", "compiled kernels", "matrix unit",
             "disk_free_bytes"} <= set(found["environment"])
     assert found["model"]["finite logits"] and found["model"]["bytes"] == found["model"]["bytes_on_disk"]
     assert "every weight is finite" in layerwise("doctor", model).stdout
