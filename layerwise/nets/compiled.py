@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def matrix_unit() -> bool:
-    """Whether the functions multiply in bfloat16 by a matrix unit (AMX): there is one, and the system lets us use it."""
+    """Whether the functions multiply in bfloat16 by a matrix unit (AMX): there is one, and the system allows it."""
     found = library()
     return found is not None and bool(found.unit_multiplies(16, 32))  # one tile
 
