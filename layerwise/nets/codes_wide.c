@@ -5,8 +5,8 @@
 
 #ifdef __AVX512VNNI__
 
-/* Sums of a vector; inputs of two pieces; how many outputs ahead memory is fetched. */
-enum { LANES = 16, BOTH = 2 * PIECE, AHEAD = 8 };
+/* Inputs of two pieces; how many outputs ahead memory is fetched. */
+enum { BOTH = 2 * PIECE, AHEAD = 8 };
 
 /* Two pieces of nibbles: of both the even inputs, the first piece's before the second's, and then the odd ones. Where there
    is no second piece its codes are zero. */
