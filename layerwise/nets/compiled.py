@@ -48,6 +48,7 @@ def library() -> ctypes.CDLL | None:
         return None
     found.packed_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int]
     found.packed_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p]
+    found.packed_numbers.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int]
     found.dense_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int]
     found.rms_norm.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int, c_int]
     found.gate_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int, c_int]
@@ -55,7 +56,7 @@ def library() -> ctypes.CDLL | None:
     found.block_steps.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int]
     found.tiles.argtypes = [c_void_p]
     found.unit_multiplies.argtypes = [c_int64, c_int64]
-    found.rms_norm.restype = found.gate_times.restype = None
+    found.rms_norm.restype = found.gate_times.restype = found.packed_numbers.restype = None
     return found
 
 

@@ -72,20 +72,44 @@ int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bi
     return 0;
 }
 
+/* The numbers of one group of an output. */
+INLINE void numbers_of(const Matrix *w, int64_t o, int64_t g, float *to) {
+    const int64_t group = w->group, at = o * (w->inputs / group) + g;
+    const float scale = widened(w->scale[at]), zero = w->zero ? widened(w->zero[at]) : 0;
+    const uint8_t *codes = w->codes + (w->kind == NIBBLES ? at * group / 2 : at * group);
+    if (w->kind == NIBBLES)
+        for (int64_t i = 0; i < group / 2; i++) {
+            to[2 * i] = (float)((codes[i] & 15) - 8) * scale + zero;
+            to[2 * i + 1] = (float)((codes[i] >> 4) - 8) * scale + zero;
+        }
+    else if (w->kind == BYTES)
+        for (int64_t i = 0; i < group; i++) to[i] = (float)(codes[i] - 128) * scale + zero;
+    else
+        for (int64_t i = 0; i < group; i++) to[i] = (float)(int8_t)codes[i] * scale + zero;
+}
+
 /* y = the chosen outputs of w, [rows, inputs]: numbers of a table of tokens. Gives 1 where one does not exist. */
 int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y) {
-    const int64_t groups = w->inputs / w->group, middle = w->kind == NIBBLES ? 8 : w->kind == BYTES ? 128 : 0;
     for (int64_t m = 0; m < rows; m++)
         if (chosen[m] < 0 || chosen[m] >= w->outputs) return 1;
     for (int64_t m = 0; m < rows; m++)
-        for (int64_t i = 0; i < w->inputs; i++) {
-            const int64_t at = chosen[m] * w->inputs + i, group = chosen[m] * groups + i / w->group;
-            const int code = w->kind == NIBBLES ? w->codes[at / 2] >> 4 * (at & 1) & 15
-                           : w->kind == BYTES ? w->codes[at] : (int8_t)w->codes[at];
-            const float value = (float)(code - middle) * widened(w->scale[group]);
-            y[m * w->inputs + i] = w->zero ? value + widened(w->zero[group]) : value;
-        }
+        for (int64_t g = 0; g < w->inputs / w->group; g++)
+            numbers_of(w, chosen[m], g, y + m * w->inputs + g * w->group);
     return 0;
+}
+
+/* y = outputs of w from `from` to the one before `to`, [to - from, inputs], rounded once where it is bfloat16. */
+void packed_numbers(const Matrix *w, int64_t from, int64_t to, void *y, int half, int threads) {
+#pragma omp parallel for num_threads(threads) if ((to - from) * w->inputs > MANY_NUMBERS)
+    for (int64_t o = from; o < to; o++)
+        for (int64_t g = 0; g < w->inputs / w->group; g++) {
+            float numbers[LARGEST_GROUP];
+            const int64_t at = (o - from) * w->inputs + g * w->group;
+            numbers_of(w, o, g, numbers);
+            for (int64_t i = 0; i < w->group; i += MANY)
+                if (half) put_many(y, at + i, load_many(numbers + i), 1);
+                else put_many(y, at + i, load_many(numbers + i), 0);
+        }
 }
 
 INLINE void norm_in(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half,

@@ -172,6 +172,7 @@ INLINE void turn(const Shape *a, const void *x, int64_t at, const float *weight,
 int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                    int threads);
 int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y);
+void packed_numbers(const Matrix *w, int64_t from, int64_t to, void *y, int half, int threads);
 int dense_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                   int threads);
 int multiplies_pairs(void);

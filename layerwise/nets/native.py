@@ -110,6 +110,14 @@ class NativeMatrix:
         """The codes of the given rows, uint8 [M, I]."""
         return self._read(self.store[rows_M])
 
+    def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The numbers of rows `start` to `stop`, float32 or bfloat16 [stop - start, I]."""
+        found = library()
+        assert found is not None
+        y_NI = torch.empty(stop - start, self.inputs, dtype=dtype)
+        found.packed_numbers(self.address, start, stop, y_NI.data_ptr(), DTYPES[dtype], torch.get_num_threads())
+        return y_NI
+
     def values(self, rows_M: Tensor) -> Tensor:
         """The numbers of the given rows, float32 [M, I]. Raises IndexError for a row that does not exist."""
         found, rows_M = library(), rows_M.contiguous()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.nets.bits import pack, stored_bytes, unpack
+from layerwise.nets.compiled import DTYPES
 from layerwise.nets.cuda import FEW_ROWS as FEW_ROWS_CUDA
 from layerwise.nets.cuda import CudaInt4, int8_runs
 from layerwise.nets.dense import linear
@@ -81,6 +82,8 @@ class PackedMatrix(nn.Module):
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows `start` to `stop` of `dense`, such as one expert of a stack, [stop - start, I]."""
+        if isinstance(self.tiled, NativeMatrix) and dtype in DTYPES:
+            return self.tiled.dense_rows(start, stop, dtype)[:, : self.in_features]
         out = torch.empty(stop - start, self.in_features, dtype=dtype, device=self.scale.device)
         step = max(1, CHUNK // self._padded)
         for first in range(start, stop, step):
