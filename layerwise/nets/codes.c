@@ -133,4 +133,19 @@ void lay_out(const int16_t *in_order, int64_t first, int64_t group, int64_t kind
         }
 }
 
+void numbers_of(const Matrix *w, int64_t o, int64_t g, float *to) {
+    const int64_t group = w->group, at = o * (w->inputs / group) + g;
+    const float scale = widened(w->scale[at]), zero = w->zero ? widened(w->zero[at]) : 0;
+    const uint8_t *codes = w->codes + (w->kind == NIBBLES ? at * group / 2 : at * group);
+    if (w->kind == NIBBLES)
+        for (int64_t i = 0; i < group / 2; i++) {
+            to[2 * i] = (float)((codes[i] & 15) - 8) * scale + zero;
+            to[2 * i + 1] = (float)((codes[i] >> 4) - 8) * scale + zero;
+        }
+    else if (w->kind == BYTES)
+        for (int64_t i = 0; i < group; i++) to[i] = (float)(codes[i] - 128) * scale + zero;
+    else
+        for (int64_t i = 0; i < group; i++) to[i] = (float)(int8_t)codes[i] * scale + zero;
+}
+
 #endif

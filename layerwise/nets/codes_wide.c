@@ -142,4 +142,27 @@ void lay_out(const int16_t *in_order, int64_t first, int64_t group, int64_t kind
     }
 }
 
+/* Sixteen codes, less the middle: from eight bytes of nibbles, or from as many bytes. */
+INLINE __m512 sixteen(const uint8_t *codes, int kind) {
+    if (kind == SIGNED_BYTES) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)codes)));
+    __m128i some;
+    if (kind == NIBBLES) {
+        const __m128i both = _mm_loadl_epi64((const void *)codes), low = _mm_set1_epi8(15);
+        some = _mm_unpacklo_epi8(_mm_and_si128(both, low), _mm_and_si128(_mm_srli_epi16(both, 4), low));
+    } else some = _mm_loadu_si128((const void *)codes);
+    return _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(some)), _mm512_set1_ps(kind == NIBBLES ? 8 : 128));
+}
+
+void numbers_of(const Matrix *w, int64_t o, int64_t g, float *to) {
+    const int64_t group = w->group, at = o * (w->inputs / group) + g;
+    const __m512 scale = _mm512_set1_ps(widened(w->scale[at]));
+    const __m512 zero = _mm512_set1_ps(w->zero ? widened(w->zero[at]) : 0);
+    const uint8_t *codes = w->codes + (w->kind == NIBBLES ? at * group / 2 : at * group);
+    for (int64_t i = 0; i < group; i += 16) {
+        const __m512 some = w->kind == NIBBLES ? sixteen(codes + i / 2, NIBBLES)
+                            : w->kind == BYTES ? sixteen(codes + i, BYTES) : sixteen(codes + i, SIGNED_BYTES);
+        _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_mul_ps(some, scale), zero)); /* rounded twice, as torch does */
+    }
+}
+
 #endif

@@ -72,22 +72,6 @@ int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bi
     return 0;
 }
 
-/* The numbers of one group of an output. */
-INLINE void numbers_of(const Matrix *w, int64_t o, int64_t g, float *to) {
-    const int64_t group = w->group, at = o * (w->inputs / group) + g;
-    const float scale = widened(w->scale[at]), zero = w->zero ? widened(w->zero[at]) : 0;
-    const uint8_t *codes = w->codes + (w->kind == NIBBLES ? at * group / 2 : at * group);
-    if (w->kind == NIBBLES)
-        for (int64_t i = 0; i < group / 2; i++) {
-            to[2 * i] = (float)((codes[i] & 15) - 8) * scale + zero;
-            to[2 * i + 1] = (float)((codes[i] >> 4) - 8) * scale + zero;
-        }
-    else if (w->kind == BYTES)
-        for (int64_t i = 0; i < group; i++) to[i] = (float)(codes[i] - 128) * scale + zero;
-    else
-        for (int64_t i = 0; i < group; i++) to[i] = (float)(int8_t)codes[i] * scale + zero;
-}
-
 /* y = the chosen outputs of w, [rows, inputs]: numbers of a table of tokens. Gives 1 where one does not exist. */
 int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y) {
     for (int64_t m = 0; m < rows; m++)

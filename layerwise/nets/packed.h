@@ -19,3 +19,6 @@ void lay_out(const int16_t *in_order, int64_t first, int64_t group, int64_t kind
 
 /* Outputs `from` to the one before `to`, TILE at most, of MOST_ROWS rows at most. */
 void outputs_of(const Matrix *w, int64_t from, int64_t to, int rows, const Fixed x, float y[TILE][MOST_ROWS]);
+
+/* The numbers of group `g` of output `o`. */
+void numbers_of(const Matrix *w, int64_t o, int64_t g, float *to);
