@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -47,15 +48,20 @@ def mixed(stack: DecoderStack, symmetric: bool) -> DecoderStack:
 
 
 def by_llamacpp(path: Path) -> Logits:
-    """llama.cpp as llama-cpp-python runs it, caches in float32."""
+    """llama.cpp as llama-cpp-python runs it, caches in float32.
+
+    Every pass has a thread of its own: llama.cpp sets the matrix unit (AMX) up once a thread, and torch leaves it in
+    another state in between.
+    """
     import llama_cpp
 
     model = llama_cpp.Llama(str(path), n_ctx=LENGTH, n_batch=LENGTH, logits_all=True, verbose=False, type_k=0,
-                            type_v=0, n_threads=torch.get_num_threads())
+                            type_v=0, n_threads=1, n_threads_batch=1)
 
     def logits(tokens_T: Tensor) -> Tensor:
         model.reset()
-        model.eval(tokens_T.tolist())
+        with ThreadPoolExecutor(1) as alone:
+            alone.submit(model.eval, tokens_T.tolist()).result()
         return torch.tensor(model.scores[: len(tokens_T)])
 
     return logits
