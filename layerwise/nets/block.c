@@ -51,7 +51,7 @@ static void add(const void *x, void *y, const float *norm, float eps, int64_t ro
 
 /* x, y [tokens, hidden], which may be the same; the rest as in `attend`. Gives 0, or 1 where memory ran out. */
 static int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, const void *x, const void *cos,
-               const void *sin, void *k, void *v, void *y, int half, int kept, int threads) {
+                      const void *sin, void *k, void *v, void *y, int half, int kept, int threads) {
     const int64_t hidden = b->hidden, heads = a->heads * a->width, all = heads + 2 * a->kv_heads * a->width;
     const int64_t size = half ? 2 : 4, wide = all > 2 * b->inner ? all : 2 * b->inner;
     const int64_t narrow = heads > b->inner ? heads : b->inner;

@@ -112,30 +112,9 @@ INLINE void output(const Matrix *w, int64_t o, int rows, Fixed x, float *y, int 
     for (int m = 0; m < rows; m++) y[m] = _mm512_reduce_add_ps(total[m]);
 }
 
-/* A few outputs at a time, so that what is the same for all of them is found once. */
-INLINE void outputs_in(const Matrix *w, int64_t from, int64_t to, int rows, Fixed x, float y[TILE][MOST_ROWS], int kind,
-                       int64_t group) {
-    for (int64_t o = from; o < to; o++) output(w, o, rows, x, y[o - from], kind, group);
-}
+#include "outputs.h"
 
-#define OF_KIND(n)                                                                                 \
-    if (w->kind == NIBBLES && w->group == PIECE) outputs_in(w, from, to, n, x, y, NIBBLES, PIECE); \
-    else if (w->kind == NIBBLES) outputs_in(w, from, to, n, x, y, NIBBLES, w->group);              \
-    else if (w->kind == BYTES) outputs_in(w, from, to, n, x, y, BYTES, w->group);                  \
-    else outputs_in(w, from, to, n, x, y, SIGNED_BYTES, w->group)
-
-void outputs_of(const Matrix *w, int64_t from, int64_t to, int rows, const Fixed x, float y[TILE][MOST_ROWS]) {
-    if (rows == 1) { OF_KIND(1); }
-    else if (rows == 2) { OF_KIND(2); }
-    else if (rows == 3) { OF_KIND(3); }
-    else { OF_KIND(4); }
-}
-
-void lay_out(const int16_t *in_order, int64_t first, int64_t group, int64_t kind, int16_t *row) {
-    if (kind != NIBBLES) {
-        memcpy(row + first, in_order, group * sizeof *row);
-        return;
-    }
+void lay_out_nibbles(const int16_t *in_order, int64_t first, int64_t group, int16_t *row) {
     for (int64_t p = 0; p < group; p += PIECE) {
         int16_t *even = row + (first + p) / BOTH * BOTH + (first + p) / PIECE % 2 * HALF;
         for (int i = 0; i < HALF; i++) even[i] = in_order[p + 2 * i], even[PIECE + i] = in_order[p + 2 * i + 1];

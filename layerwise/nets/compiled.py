@@ -24,8 +24,8 @@ import torch
 from layerwise.places import cache_folder
 
 SOURCES = [Path(__file__).with_name(name) for name in (
-    "native.h", "half.h", "packed.h", "native.c", "codes.c", "codes_wide.c", "dense.c", "pairs.c", "unit.c", "attend.c",
-    "tiles.c", "unit_attend.c", "block.c")]
+    "native.h", "half.h", "packed.h", "outputs.h", "native.c", "codes.c", "codes_wide.c", "dense.c", "pairs.c",
+    "unit.c", "attend.c", "tiles.c", "unit_attend.c", "block.c")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
          "-ffp-contract=off",  # so that a row's numbers do not depend on how many rows are multiplied at once
          "-fopenmp", "-fPIC", "-shared")

@@ -53,7 +53,8 @@ int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bi
             for (int64_t i = 0; i < w->group; i++) wide[i] = get(x, m * inputs + g * w->group + i, half);
             const int64_t at = m * whole + g;
             fix_group(wide, w->group, in_order, step + at, sum + at);
-            lay_out(in_order, g * w->group, w->group, w->kind, fixed + m * apart);
+            if (w->kind == NIBBLES) lay_out_nibbles(in_order, g * w->group, w->group, fixed + m * apart);
+            else memcpy(fixed + m * apart + g * w->group, in_order, w->group * sizeof *fixed);
         }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t from = 0; from < outputs; from += TILE) {

@@ -61,46 +61,23 @@ INLINE void fetch_slot(const Slots *slots, int64_t j, int64_t width) {
     for (int64_t i = 0; i < width; i += LINE / 2) __builtin_prefetch(slots->tile[j / SIDE] + j % SIDE * width + i);
 }
 
-/* Logits of a column of queries with the keys of SPAN slots. */
-INLINE void logits_of(const Slots *keys, const bf16 *queries, int64_t width, float *logits) {
+/* Sums of AT_ONCE tiles of rows with one of columns. A tile of rows lies `next` numbers behind the one before it, its rows
+   `apart`; tiles of columns lie one behind the other. */
+INLINE void sums_of(const bf16 *const rows[AT_ONCE], int64_t next, int64_t apart, const bf16 *columns, int64_t steps,
+                    float *sums) {
     settle();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t i = 0; i < width / DEEP; i++) {
-        _tile_loadd(6, queries + i * NUMBERS, ACROSS);
-        _tile_loadd(4, keys->tile[0] + i * DEEP, width * 2);
-        _tile_loadd(5, keys->tile[1] + i * DEEP, width * 2);
+    for (int64_t i = 0; i < steps; i++) {
+        _tile_loadd(6, columns + i * NUMBERS, ACROSS);
+        _tile_loadd(4, rows[0] + i * next, apart * 2);
+        _tile_loadd(5, rows[1] + i * next, apart * 2);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
-        _tile_loadd(4, keys->tile[2] + i * DEEP, width * 2);
-        _tile_loadd(5, keys->tile[3] + i * DEEP, width * 2);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_dpbf16ps(3, 5, 6);
-    }
-    _tile_stored(0, logits, ACROSS);
-    _tile_stored(1, logits + SIDE * LANES, ACROSS);
-    _tile_stored(2, logits + 2 * SIDE * LANES, ACROSS);
-    _tile_stored(3, logits + 3 * SIDE * LANES, ACROSS);
-}
-
-/* Sums over the slots of AT_ONCE tiles of channels. */
-INLINE void sums_of_values(const bf16 *values, const bf16 *weights, float *sums) {
-    enum { NEXT = SPAN / DEEP * NUMBERS };
-    settle();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t i = 0; i < SPAN / DEEP; i++, values += NUMBERS) {
-        _tile_loadd(6, weights + i * NUMBERS, ACROSS);
-        _tile_loadd(4, values, ACROSS);
-        _tile_loadd(5, values + NEXT, ACROSS);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        _tile_loadd(4, values + 2 * NEXT, ACROSS);
-        _tile_loadd(5, values + 3 * NEXT, ACROSS);
+        _tile_loadd(4, rows[2] + i * next, apart * 2);
+        _tile_loadd(5, rows[3] + i * next, apart * 2);
         _tile_dpbf16ps(2, 4, 6);
         _tile_dpbf16ps(3, 5, 6);
     }
@@ -210,11 +187,13 @@ INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, in
     turn_values(&values, more ? &next_values : NULL, from - span, to - span, width, room);
     for (int64_t c = first / g->each; c * g->each < stop; c++) {
         const __mmask16 which = lanes_of(g, c, first, stop);
-        logits_of(&keys, room->queries + c * SIDE * width, width, room->logits);
+        sums_of(keys.tile, DEEP, width, room->queries + c * SIDE * width, width / DEEP, room->logits);
         const Slots *next = more && c == first / g->each ? &next_keys : NULL;
         const __m512 before = weigh_column(room, (int)c, span, which, a->scale, next, width);
         for (int64_t i = 0; i < width / SIDE; i += AT_ONCE) {
-            sums_of_values(room->values + i * (SPAN / DEEP) * NUMBERS, room->weights, room->sums);
+            const bf16 *channels[AT_ONCE];
+            for (int64_t j = 0; j < AT_ONCE; j++) channels[j] = room->values + (i + j) * (SPAN / DEEP) * NUMBERS;
+            sums_of(channels, NUMBERS, DEEP, room->weights, SPAN / DEEP, room->sums);
             float *out = room->out + (c * width + i * SIDE) * LANES;
             for (int64_t j = 0; j < AT_ONCE * SIDE; j++, out += LANES) {
                 const __m512 old = _mm512_load_ps(out), new = _mm512_load_ps(room->sums + j * LANES);

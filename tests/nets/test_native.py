@@ -61,7 +61,7 @@ def test_products_are_those_of_float64(format: Format, rows: int) -> None:
 def test_codes_come_back(format: Format, inputs: int) -> None:
     of = layer(format, inputs=inputs)
     before, stored = of.dense(), of.state_dict()["codes"].clone()
-    if of.lay_out() is None:
+    if inputs == 150 and of.lay_out() is None:
         pytest.skip("no compiled product for groups of this size")
     matrix(of)
     assert torch.equal(of.dense(), before) and torch.equal(of.state_dict()["codes"], stored)
