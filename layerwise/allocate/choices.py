@@ -112,10 +112,13 @@ def shared(count: int = 2) -> list[Alternative]:
             for nearest in range(1, count + 1)]
 
 
-def coded() -> list[Alternative]:
-    """Keys and values kept as integers of 8 or 4 bits."""
-    return [Alternative(f"cache int{bits}", "cache-precision", {"precision": f"int{bits}"},
-                        f"response:cache int{bits}", 4.0**-bits) for bits in (8, 4)]
+def coded(fewer: Sequence[Alternative] = ()) -> list[Alternative]:
+    """Keys and values kept as integers of 8 or 4 bits, of all heads and of each of the `fewer`."""
+    codes = [Alternative(f"cache int{bits}", "cache-precision", {"precision": f"int{bits}"},
+                         f"response:cache int{bits}", 4.0**-bits) for bits in (8, 4)]
+    both = [replace(item, label=f"{item.label}, {code.label}", distortion=item.distortion + code.distortion, then=code)
+            for item in fewer for code in codes]
+    return [*codes, *both]
 
 
 def dropped(part: Literal["layer", "attention", "feed_forward"] = "layer") -> Alternative:
@@ -179,7 +182,7 @@ def _row_choices(layer: int, alternatives: Sequence[Alternative], losses: Losses
         if here is None:
             continue
         try:
-            edited = edited_row(row, spec.hidden, here.transform, here.arguments)
+            edited = _edited(row, here, spec.hidden)
         except BadOption:
             continue
         if here.transform is None or edited != row:
@@ -218,8 +221,7 @@ def _half(layer: int, matrices: Sequence[str], alternatives: Sequence[Alternativ
         if here is None or here.transform is None or not _changes(here, part, row):
             continue
         option = _option(layer, here, (), losses, spec, clock, row)
-        edited = edited_row(row, spec.hidden, here.transform, here.arguments)
-        if option is None or edited is None:
+        if option is None or (edited := _edited(row, here, spec.hidden)) is None:
             continue
         if linked and part == "attention":
             option = replace(option, keys=_keys(row, edited))
@@ -301,19 +303,12 @@ def _option(layer: int, alternative: Alternative, matrices: tuple[str, ...], los
     loss = losses.of_matrix(alternative, layer, matrices[0]) if matrices else losses.of(alternative, layer)
     if not math.isfinite(loss):
         return None
-    edits: list[Edit] = []
-    edited: LayerSpec | None = row
-    one: Alternative | None = alternative
-    while one is not None and one.transform and edited is not None:
-        arguments = {**one.arguments, **({"matrices": matrices} if matrices else {})}
-        try:
-            edited = edited_row(edited, spec.hidden, one.transform, arguments)
-        except BadOption:
-            return None
-        edits.append(Edit(layer, one.transform, arguments, 0.0 if edits else loss))
-        one = one.then
-    after = row_cost(edited, spec, clock)
-    return Option(alternative.label, tuple(edits), loss, {name: after[name] - before[name] for name in before})
+    try:
+        edited = _edited(row, alternative, spec.hidden, matrices)
+    except BadOption:
+        return None
+    edits, after = _edits(layer, alternative, loss, matrices), row_cost(edited, spec, clock)
+    return Option(alternative.label, edits, loss, {name: after[name] - before[name] for name in before})
 
 
 def _table_choices(target: str, alternatives: Sequence[Alternative], losses: Losses, spec: StackSpec,
@@ -331,8 +326,22 @@ def _table_choices(target: str, alternatives: Sequence[Alternative], losses: Los
 def _choice(target: Target, alternative: Alternative, row: LayerSpec | None, losses: Losses, cost: Cost,
             before: LayerSpec | None = None) -> Choice:
     loss = losses.of(alternative, target)
-    edit = alternative.transform and Edit(target, alternative.transform, dict(alternative.arguments), loss)
-    return Choice(target, alternative.label, (edit,) if edit else (), row, loss, cost, before)
+    return Choice(target, alternative.label, _edits(target, alternative, loss), row, loss, cost, before)
+
+
+def _edited(row: LayerSpec, alternative: Alternative, hidden: int, matrices: tuple[str, ...] = ()) -> LayerSpec | None:
+    """The row after all steps of the alternative, None where it is gone. Raises BadOption where it cannot be."""
+    edited: LayerSpec | None = row
+    for one in alternative.steps():
+        if edited is not None:
+            edited = edited_row(edited, hidden, one.transform, one.given(matrices))
+    return edited
+
+
+def _edits(target: Target, alternative: Alternative, loss: float, matrices: tuple[str, ...] = ()) -> tuple[Edit, ...]:
+    """One for each step; what is lost is written on the first."""
+    return tuple(Edit(target, one.transform, one.given(matrices), 0.0 if place else loss)
+                 for place, one in enumerate(alternative.steps()) if one.transform)
 
 
 def _known(choices: list[Choice], what: str) -> list[Choice]:

@@ -36,7 +36,8 @@ class Alternative:
     """One thing a layer could be: a transform with its arguments, or kept as it is (`transform` None).
 
     `measured` names the column that tried it. `distortion` ranks it among alternatives where nothing was
-    measured, relative to taking the layer away. `tables` says whether embedding and head may have it too.
+    measured, relative to taking the layer away. `tables` says whether embedding and head may have it too, `each`
+    whether every matrix may have it by itself. What it leaves may be changed further by `then`, whose loss is added.
     """
 
     label: str
@@ -47,6 +48,14 @@ class Alternative:
     tables: bool = False
     each: bool = False
     then: Alternative | None = None
+
+    def steps(self) -> list[Alternative]:
+        """It and what comes then, in order."""
+        return [self, *(self.then.steps() if self.then else [])]
+
+    def given(self, matrices: tuple[str, ...]) -> dict[str, Any]:
+        """The arguments of its transform, for some matrices only unless there are none."""
+        return {**self.arguments, **({"matrices": matrices} if matrices else {})}
 
     def at(self, layer: int, spec: StackSpec) -> Alternative | None:
         """The same for one layer: what reads keys of the n-th nearest layer says of which; None without such a one."""
@@ -73,8 +82,8 @@ class Losses:
         if alternative.transform is None:
             return 0.0
         if self.measured:
-            loss = _measured(self.scores, alternative, target)
-            return loss if math.isnan(loss) else max(loss, 0.0)
+            found = [_measured(self.scores, one, target) for one in alternative.steps()]
+            return sum(loss if math.isnan(loss) else max(loss, 0.0) for loss in found)
         return self._importance(target) * alternative.distortion
 
     def of_matrix(self, alternative: Alternative, layer: int, matrix: str) -> float:

@@ -67,7 +67,7 @@ def parse_alternatives(only: Sequence[str], spec: StackSpec) -> list[Alternative
     if "share" in only:
         found += shared()
     if "cache" in only:
-        found += coded()
+        found += coded(_fewer_heads(spec) if "width" in only else ())
     return [*found, *(make() for word, make in DROPPING.items() if word in only)]
 
 
@@ -110,19 +110,21 @@ def defaults_for(budget: Budget, spec: StackSpec, hard: bool = False) -> list[Al
     currencies = set(budget.given())
     labels = useful_formats(budget, spec) if currencies & {"bytes", "bits", "milliseconds", "prefill"} else []
     fits = _size_at(4, spec) <= _allowed(budget, spec)
-    cache = smaller_cache(spec) if "cache" in currencies else []
-    if fits and not hard and not currencies & {"parameters", "layers"}:
-        return [keep(), *_formats(labels), *cache]
-    fewer = [item for item in cache if item.transform == "narrow"]
-    shapes = [*factored(RANKS, _inner(labels)), *narrowed(WIDTHS, spec)] if labels else fewer
-    shares = shared() if labels or cache else []
-    return [keep(), *_formats(labels), *shapes, *shares, *(make() for make in DROPPING.values())]
+    found = [keep(), *_formats(labels), *(smaller_cache(spec) if "cache" in currencies else [])]
+    if not fits or hard or currencies & {"parameters", "layers"}:
+        found += [*factored(RANKS, _inner(labels)), *narrowed(WIDTHS, spec), *shared()] if labels else []
+        found += [make() for make in DROPPING.values()]
+    return list({item.label: item for item in found}.values())
 
 
 def smaller_cache(spec: StackSpec) -> list[Alternative]:
-    """What keeps less of every token: integers, fewer key-value heads, another layer's keys and values, nothing."""
-    fewer = [item for item in narrowed(WIDTHS, spec) if "kv_heads" in item.arguments]
-    return [*coded(), *fewer, *shared(), dropped("attention")]
+    """What keeps less of every token: integers, fewer heads of keys, both, the keys of another layer, nothing."""
+    fewer = _fewer_heads(spec)
+    return [*coded(fewer), *fewer, *shared(), dropped("attention")]
+
+
+def _fewer_heads(spec: StackSpec) -> list[Alternative]:
+    return [item for item in narrowed(WIDTHS, spec) if "kv_heads" in item.arguments]
 
 
 def calibrated(alternatives: Sequence[Alternative], spec: StackSpec, tokens: int,

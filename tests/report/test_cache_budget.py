@@ -182,7 +182,8 @@ def test_sharing_is_offered_where_the_cache_or_hard_budgets_ask_for_it(stack: De
     def labels(budget: Budget) -> set[str]:
         return {item.label for item in defaults_for(budget, stack.spec)}
 
-    assert labels(Budget(cache="50%")) == {"keep", *CACHES, "kv_heads 1", *SHARES, "drop attention"}
+    assert labels(Budget(cache="50%")) == {
+        "keep", *CACHES, "kv_heads 1", *(f"kv_heads 1, {code}" for code in CACHES), *SHARES, "drop attention"}
     assert labels(Budget(cache="50%", bytes="60%")) >= {"8/row=", *SHARES} and "drop" not in labels(
         Budget(cache="50%", bytes="60%"))
     assert labels(Budget(bytes="10%")) >= {"drop", *SHARES}
