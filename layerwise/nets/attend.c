@@ -181,6 +181,7 @@ int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t toke
     if (half && unit_attends(a)) return unit_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
     if (half && tiles(a)) return attend_tiles(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
     if (half) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 1, 1, threads);
+    if (panel_attends(a)) return panel_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, kept, threads);
     if (kept) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 1, threads);
     return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 0, threads);
 }

@@ -1,6 +1,6 @@
-"""Attention straight from blocks of slots, in one call: norms and rotation, writing to the pools, softmax. Where the
-processor has a matrix unit (`unit_attend.c`) or multiplies pairs of bfloat16 (`tiles.c`) for any number of tokens,
-elsewhere for few (`attend.c`).
+"""Attention straight from blocks of slots, in one call: norms and rotation, writing to the pools, softmax. For any
+number of tokens where the stream is float32 (`panel_attend.c`), or the processor has a matrix unit (`unit_attend.c`) or
+multiplies pairs of bfloat16 (`tiles.c`), elsewhere for few (`attend.c`).
 
 Shapes: N tokens, R sequences, M blocks of the longest, H query heads, K key heads, S slots of a pool, D head width.
 """
@@ -60,8 +60,8 @@ class HeadNorms:
 class Attended:
     """The pools of one layer, [K, S, D], in blocks of `block` slots, and how new tokens attend to them.
 
-    Beside tokens in float32 the pools may be bfloat16. `many` says whether one call is the fastest for many tokens in
-    bfloat16 as well.
+    Beside tokens in float32 the pools may be bfloat16. `many` names the dtypes of which one call is the fastest
+    for many tokens as well.
     """
 
     def __init__(self, a: Attention, k_KSD: Tensor, v_KSD: Tensor, block: int) -> None:
@@ -71,7 +71,10 @@ class Attended:
                               a.head_dim**-0.5 if a.scale is None else a.scale, a.softcap or 0.0)
         self.address = ctypes.addressof(self._struct)
         found = library()
-        self.many = found is not None and k_KSD.dtype == torch.bfloat16 and bool(found.tiles(self.address))
+        assert found is not None
+        able = {torch.float32: found.panel_attends(self.address),
+                torch.bfloat16: k_KSD.dtype == torch.bfloat16 and found.tiles(self.address)}
+        self.many = frozenset(dtype for dtype, can in able.items() if can)
         self.k, self.v, self.kept = k_KSD.data_ptr(), v_KSD.data_ptr(), DTYPES[k_KSD.dtype]
         self.out = a.heads * a.head_dim
 

@@ -1,45 +1,17 @@
 /* Few rows times a dense matrix in half precision, read as it is stored: y = x w' + bias, all else in float32. For all in
    bfloat16 see pairs.c, and unit.c for processors with a matrix unit. */
 
-#include "native.h"
+#include "wide.h"
 
-/* Floats of a vector. */
-#ifdef __AVX512F__
-enum { WIDE = 16 };
-#else
-enum { WIDE = 8 };
-#endif
 enum { STEP = 2 * WIDE };
 
-typedef float wide __attribute__((vector_size(4 * WIDE)));
-typedef int32_t wide_ints __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t loose_pairs __attribute__((vector_size(4 * WIDE), aligned(2)));
-
-#ifdef __AVX512F__
-INLINE wide plus_wide(wide sum, wide a, wide b) { return (wide)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum); }
-#else
-INLINE wide plus_wide(wide sum, wide a, wide b) { return plus_product(sum, a, b); }
-#endif
 
 INLINE float sum_of_wide(wide x) {
     many parts[WIDE / MANY];
     memcpy(parts, &x, sizeof parts);
     for (int i = 1; i < WIDE / MANY; i++) parts[0] += parts[i];
     return sum_of_many(parts[0]);
-}
-
-/* The number that 16 bits stand for, exactly. */
-INLINE float half_value(uint16_t bits, int kind) {
-    if (kind == BFLOAT16) return widened(bits);
-    const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = bits & 0x7fff;
-    uint32_t wide = rest >= 0x7c00 ? 0x7f800000 | rest << 13 : rest << 13;
-    float value;
-    memcpy(&value, &wide, 4);
-    if (rest < 0x7c00) value *= 0x1p112f; /* the exponent's other bias; numbers below the normal ones come right too */
-    memcpy(&wide, &value, 4);
-    wide |= sign;
-    memcpy(&value, &wide, 4);
-    return value;
 }
 
 /* One step of a matrix's numbers as floats: those at even places, then those at odd ones. */
@@ -128,6 +100,7 @@ int dense_product(const Matrix *matrix, const void *x, int64_t rows, const float
     const uint16_t *w = (const uint16_t *)matrix->codes;
     if (half && unit_multiplies(outputs, inputs))
         return unit_product(&(Joined){{matrix}, {bias}}, x, rows, y, stride, threads);
+    if (!half && rows > FEW_DENSE) return panel_product(matrix, x, rows, bias, y, stride, threads);
     float *sorted = half ? NULL : sorted_steps(x, rows, inputs);
     if (!half && !sorted) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -149,6 +149,8 @@ enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 2 };
 
 enum { WIDEST = 512 }; /* channels of a head at most */
 
+enum { FEW_DENSE = 16, FEW_PACKED = 48 }; /* rows of float32 above which a product is one with panels */
+
 enum { MANY_NUMBERS = 1 << 13 }; /* from which several threads are worth waking, where each is little work */
 
 /* to = x normed by `weight`, if any, and turned by the angles of one token; x and to hold `width` numbers. */
@@ -175,6 +177,7 @@ int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y);
 void packed_numbers(const Matrix *w, int64_t from, int64_t to, void *y, int half, int threads);
 int dense_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                   int threads);
+int panel_product(const Matrix *w, const float *x, int64_t rows, const float *bias, float *y, int64_t stride, int threads);
 int multiplies_pairs(void);
 void pairs_outputs(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs,
                    float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]);
@@ -185,6 +188,9 @@ void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, f
 void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half, int threads);
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads);
+int panel_attends(const Shape *a);
+int panel_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const float *qkv,
+                 const void *cos, const void *sin, void *k, void *v, float *out, int kept, int threads);
 int unit_attends(const Shape *a);
 int unit_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const bf16 *qkv,
                 const void *cos, const void *sin, bf16 *k, bf16 *v, bf16 *out, int threads);

@@ -43,13 +43,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class DirectBlock(Direct, Block):
-    """A block without hooks; `step`, where it has one, takes few tokens through all of it in one call."""
+    """A block without hooks; `step`, where it has one, takes tokens through all of it in one call."""
 
     step: Step | None = None
 
     def passed(self, x_BTC: Tensor, flow: Flow, layer: int) -> tuple[Step, Pages] | None:
         """What `through` needs to take these hidden states through the block; None where it cannot."""
-        if self.step is None or x_BTC.numel() > self.step.most:
+        if self.step is None or not self.step.takes(x_BTC):
             return None
         pages = flow.pages(self.step.attention, layer, x_BTC.dtype)
         return None if pages is None else (self.step, pages)

@@ -1,5 +1,5 @@
-"""A block, its matrices packed or dense in half precision, for few tokens in one compiled call, or for any number where
-a matrix unit multiplies all of them. Blocks one after the other are one call as well.
+"""A block, its matrices packed or dense in half precision, in one compiled call: for few tokens, or for any number
+where all products take many rows. Blocks one after the other are one call as well.
 
 Shapes: N tokens, C hidden width.
 """
@@ -7,7 +7,6 @@ Shapes: N tokens, C hidden width.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from typing import cast
@@ -38,7 +37,7 @@ class _Block(ctypes.Structure):
 
 
 class Step:
-    """What the block computes for tokens whose keys lie in `Pages`, for at most `most` numbers of the hidden states."""
+    """What the block computes for tokens whose keys lie in `Pages`."""
 
     def __init__(self, attention: DirectAttention, feed_forward: FeedForward,
                  norms: list[NativeRMSNorm | None]) -> None:
@@ -53,8 +52,12 @@ class Step:
             *(None if norm is None else norm.weight.data_ptr() for norm in norms),
             None if attention.norms is None else attention.norms.address, hidden, down.in_features,
             ACTIVATIONS[feed_forward.spec.activation], first.eps)
-        many = all(isinstance(layer, HalfLinear) and layer.many for layer in (*qkv, *gate_up, o, down))
-        self.address, self.most = ctypes.addressof(self._struct), sys.maxsize if many else FEW_TOKENS * hidden
+        self.address, self._few = ctypes.addressof(self._struct), FEW_TOKENS * hidden
+        self._many = frozenset.intersection(*(layer.many for layer in (*qkv, *gate_up, o, down)))
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether these hidden states are best taken through the block in one call."""
+        return x.numel() <= self._few or x.dtype in self._many
 
     @staticmethod
     def of(block: Block) -> Step | None:

@@ -7,28 +7,20 @@
    times weights rounded to bfloat16, are the results with a channel a row. What a token gets does not depend on its
    group. */
 
+#include "groups.h"
 #include "half.h"
 
 #ifdef MATRIX_UNIT
 
 #include <omp.h>
 
-/* Slots that are read at a time, and tiles of them; columns and tokens of a group at most; tiles of sums at once. */
-enum { SPAN = 64, PARTS = SPAN / SIDE, COLUMNS = 4, TOKENS = COLUMNS * SIDE, AT_ONCE = 4 };
-
-/* The logit of a slot that a query does not see, far below what the largest one is at first. */
-static const float HIDDEN = -1e36f, LOWEST = -1e30f;
+/* Tiles of the slots that are read at a time; columns and tokens of a group at most; tiles of sums at once. */
+enum { PARTS = SPAN / SIDE, COLUMNS = 4, TOKENS = COLUMNS * SIDE, AT_ONCE = 4 };
 
 /* Tokens from `first` on in the order, and the heads from `head` on that read `kv_head`; a column holds `each` tokens. */
 typedef struct {
     int64_t first, tokens, kv_head, head, heads, each;
 } Group;
-
-/* What a token sees: slots from `from` to the one before `to`, in the blocks of `table`. */
-typedef struct {
-    const int64_t *table;
-    int64_t token, row, from, to;
-} Sight;
 
 /* What one thread works in. */
 typedef struct {
@@ -41,15 +33,6 @@ typedef struct {
     __m512i from[COLUMNS], to[COLUMNS];
     Sight sights[TOKENS];
 } Room;
-
-/* Whether two tokens read the same SPAN slots from `span` on. */
-INLINE int alike(const Sight *a, const Sight *b, int64_t span, int64_t block) {
-    if (a->row == b->row) return 1;
-    if (a->from > span || b->from > span || a->to < span + SPAN || b->to < span + SPAN) return 0;
-    for (int64_t i = span / block; i <= (span + SPAN - 1) / block; i++)
-        if (a->table[i] != b->table[i]) return 0;
-    return 1;
-}
 
 /* Keys or values of SPAN slots, tile by tile. */
 typedef struct {
@@ -207,11 +190,9 @@ INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, in
 INLINE void gather(const Shape *a, const Places *p, const Group *g, const bf16 *q, Room *room, int64_t width) {
     int32_t from[TOKENS] __attribute__((aligned(LINE))) = {0}, to[TOKENS] __attribute__((aligned(LINE))) = {0};
     for (int64_t t = 0; t < g->tokens; t++) {
-        const int64_t token = p->order[g->first + t], row = p->row[token], kept = p->first[row] * a->block;
-        const int64_t end = p->place[token] + 1, start = a->window && end - a->window > kept ? end - a->window : kept;
-        room->sights[t] = (Sight){p->table + row * p->columns - p->first[row], token, row, start, end};
+        const Sight seen = room->sights[t] = sight_of(a, p, p->order[g->first + t]);
         const int64_t lane = t / g->each * LANES + t % g->each * g->heads;
-        for (int64_t h = 0; h < g->heads; h++) from[lane + h] = (int32_t)start, to[lane + h] = (int32_t)end;
+        for (int64_t h = 0; h < g->heads; h++) from[lane + h] = (int32_t)seen.from, to[lane + h] = (int32_t)seen.to;
     }
     for (int64_t c = 0; c * g->each < g->tokens; c++) {
         const bf16 *of[SIDE];
@@ -264,22 +245,6 @@ INLINE void group_in(const Shape *a, const Places *p, const Group *g, const bf16
             if (seen) span_of(a, g, room, span, first, stop, k, v, width);
         }
     scatter(a, g, room, out, width);
-}
-
-/* As many tokens from place `first` of the order on as form a group, `most` at most: those that follow one another in a
-   sequence, and those that see the first SPAN slots in the same blocks. */
-static int64_t grouped(const Shape *a, const Places *p, int64_t first, int64_t tokens, int64_t most) {
-    const int64_t token = p->order[first], row = p->row[token], before = p->place[token] - first;
-    const int64_t *table = p->table + row * p->columns;
-    int64_t count = 1;
-    for (; count < most && first + count < tokens; count++) {
-        const int64_t next = p->order[first + count], other = p->row[next];
-        if (other == row && p->place[next] == before + first + count) continue;
-        if (a->window || p->first[row] || p->first[other]) break;
-        if (p->place[token] + 1 < SPAN || p->place[next] + 1 < SPAN) break;
-        if (memcmp(table, p->table + other * p->columns, (SPAN + a->block - 1) / a->block * sizeof *table)) break;
-    }
-    return count;
 }
 
 int unit_attends(const Shape *a) {

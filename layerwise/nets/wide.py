@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from layerwise.nets.attention import Attention
 from layerwise.nets.compiled import DTYPES, library
 from layerwise.nets.decoder import Block
-from layerwise.nets.dense import SLOW, widened
+from layerwise.nets.dense import SLOW
 from layerwise.nets.direct import FEW_ROWS, Direct
 from layerwise.nets.feed_forward import Experts, FeedForward
 from layerwise.nets.native import CMatrix
@@ -60,17 +60,18 @@ class HalfLinear(Direct):
         return ctypes.addressof(self._struct)
 
     @cached_property
-    def many(self) -> bool:
-        """Whether the compiled product is made for many rows of bfloat16 too: by a matrix unit."""
+    def many(self) -> frozenset[torch.dtype]:
+        """Of what dtypes the compiled product takes many rows too: float32, and bfloat16 by a matrix unit."""
         found = library()
-        return (found is not None and self.weight.dtype == torch.bfloat16
+        unit = (found is not None and self.weight.dtype == torch.bfloat16
                 and bool(found.unit_multiplies(self.out_features, self.in_features)))
+        return frozenset(DTYPES) if unit else frozenset({torch.float32})
 
     def forward(self, x: Tensor) -> Tensor:
         x_MI = x.reshape(-1, self.in_features).contiguous()
         rows = len(x_MI)
-        if rows > FEW_ROWS and not (self.many and x.dtype == torch.bfloat16):
-            return self._many(x)
+        if rows > FEW_ROWS and x.dtype not in self.many:
+            return F.linear(x, self.weight, None if self.bias_O is None else self.bias_O.to(x.dtype))
         found = library()
         assert found is not None
         y_MO, bias_O = x_MI.new_empty(rows, self.out_features), self.bias_O
@@ -78,11 +79,6 @@ class HalfLinear(Direct):
                                y_MO.data_ptr(), self.out_features, DTYPES[x.dtype], torch.get_num_threads()):
             raise MemoryError(f"no memory for {rows} rows of {self.in_features} inputs")
         return y_MO.view(*x.shape[:-1], self.out_features)
-
-    def _many(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return widened(x, self.weight, self.bias_O, x.dtype)
-        return F.linear(x, self.weight, None if self.bias_O is None else self.bias_O.to(x.dtype))
 
     def logits(self, x: Tensor) -> Tensor:
         """The same, for a table that serves as the output head."""

@@ -228,7 +228,7 @@ class PagedFlow(Flow):
             return None
         assert entry.group is not None
         attended = pool.attended(a)
-        if attended is None or not (self._few or (attended.many and dtype == torch.bfloat16)):
+        if attended is None or not (self._few or dtype in attended.many):
             return None
         places = self._places.get(entry.group)
         if places is None:

@@ -126,19 +126,28 @@ WORLDS = pytest.mark.parametrize(("rows", "block", "shared"), [(PROMPTS, 4, 0), 
                                                                (SHARING, 16, 4), (SHARING, 32, 2)])
 
 
+STREAMS = pytest.mark.parametrize(("dtype", "kept", "tolerance"), [
+    (torch.bfloat16, torch.bfloat16, 2e-2), (torch.float32, torch.bfloat16, 1e-3), (torch.float32, torch.float32, 1e-5)],
+    ids=["bfloat16", "float32 with keys of bfloat16", "float32"])
+
+
 @WORLDS
+@STREAMS
 @pytest.mark.parametrize("kind", MANY)
-def test_what_the_tokens_of_prompts_get(kind: str, rows: list[tuple[int, int]], block: int, shared: int) -> None:
-    world = World(MANY[kind], torch.bfloat16, rows=rows, block=block, shared=shared)
+def test_what_the_tokens_of_prompts_get(kind: str, dtype: torch.dtype, kept: torch.dtype, tolerance: float,
+                                        rows: list[tuple[int, int]], block: int, shared: int) -> None:
+    world = World(MANY[kind], dtype, kept, rows=rows, block=block, shared=shared)
     expected = world.expected()
-    torch.testing.assert_close(world.found().double(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(world.found().double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @WORLDS
+@STREAMS
 @pytest.mark.parametrize("kind", MANY)
-def test_a_token_does_not_depend_on_those_it_comes_with(kind: str, rows: list[tuple[int, int]], block: int,
+def test_a_token_does_not_depend_on_those_it_comes_with(kind: str, dtype: torch.dtype, kept: torch.dtype,
+                                                        tolerance: float, rows: list[tuple[int, int]], block: int,
                                                         shared: int) -> None:
-    world = World(MANY[kind], torch.bfloat16, rows=rows, block=block, shared=shared)
+    world = World(MANY[kind], dtype, kept, rows=rows, block=block, shared=shared)
     together = world.found()
     alone = torch.cat([world.found(tokens=slice(token, token + 1)) for token in range(len(together))])
     parts = torch.cat([world.found(tokens=slice(first, first + 23)) for first in range(0, len(together), 23)])

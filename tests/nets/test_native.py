@@ -56,6 +56,14 @@ def test_products_are_those_of_float64(format: Format, rows: int) -> None:
     near(matrix(of).product(x), x.double() @ dense.T, x, dense)
 
 
+@pytest.mark.parametrize("outputs", [64, 37])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_many_rows_are_multiplied_in_float32(format: Format, outputs: int) -> None:
+    of, x = layer(format, outputs=outputs), torch.randn(75, 192, generator=torch.Generator().manual_seed(1))
+    dense = of.dense(torch.float64)
+    near(matrix(of).product(x), x.double() @ dense.T, x, dense, half_step=2.0**-22)
+
+
 @pytest.mark.parametrize("inputs", [192, 150])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_codes_come_back(format: Format, inputs: int) -> None:

@@ -122,7 +122,7 @@ def test_a_wide_stream_keeps_the_weights_small_and_is_nearer_to_float32() -> Non
 def test_half_precision_layers_multiply_the_stored_numbers(inputs: int, dtype: torch.dtype) -> None:
     weight, bias = torch.randn(95, inputs).to(dtype), torch.randn(95).to(dtype)  # tiles of outputs leave some over
     weight[0, :5] = torch.tensor([0.0, -0.0, 3e-7, -2e-5, 65000.0])
-    for tokens in (1, 3, 4, 7, FEW_ROWS + 1):
+    for tokens in (1, 3, 4, 7, 17, 22, FEW_ROWS + 1):
         x = torch.randn(1, tokens, inputs)
         for b in (None, bias):
             exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
@@ -142,10 +142,23 @@ def test_every_half_precision_number_is_read_as_it_is(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.skipif(library() is None, reason="no C compiler with OpenMP")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 2304), (33, 4100), (16, 1024), (200, 1030)])
+def test_many_rows_of_large_matrices(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """Panels that take several parts of the inputs, and outputs that are no whole panel."""
+    weight, bias, x = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs), torch.randn(61, inputs)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(HalfLinear(weight, bias)(x).double(), exact, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler with OpenMP")
 def test_a_row_of_half_precision_does_not_depend_on_its_mates() -> None:
-    layer, x = HalfLinear(torch.randn(43, 70).bfloat16()), torch.randn(9, 70)
-    together = layer(x)
+    layer, x = HalfLinear(torch.randn(43, 70).bfloat16()), torch.randn(90, 70)
+    together = layer(x[:9])
     assert all(torch.equal(layer(x[row : row + 1])[0], together[row]) for row in range(9))
+    many = layer(x)
+    for first, count in ((0, 17), (5, 24), (61, 29), (1, 70)):
+        assert torch.equal(layer(x[first : first + count]), many[first : first + count])
 
 
 PAIRS = pytest.mark.skipif(not may_pair(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="no pairs of bfloat16 here")
@@ -168,7 +181,7 @@ def test_products_in_bfloat16_are_rounded_once(inputs: int) -> None:
 @pytest.mark.parametrize(("outputs", "inputs"), [(43, 70), (43, 64), (16, 32), (128, 96)])
 def test_a_row_in_bfloat16_does_not_depend_on_its_mates(outputs: int, inputs: int) -> None:
     layer = HalfLinear(torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs))
-    rows = 2 * FEW_ROWS + 5 if layer.many else FEW_ROWS
+    rows = 2 * FEW_ROWS + 5 if torch.bfloat16 in layer.many else FEW_ROWS
     x = torch.randn(rows, inputs).bfloat16()
     together = layer(x)
     assert all(torch.equal(layer(x[row : row + 1])[0], together[row]) for row in range(rows))
@@ -189,7 +202,8 @@ def test_blocks_in_bfloat16_take_few_tokens_in_one_call() -> None:
     block = fast.block(0)
     assert isinstance(block, DirectBlock) and block.step is not None
     layers = [module for module in block.modules() if isinstance(module, HalfLinear)]
-    assert layers and (block.step.most > 10**6) == all(layer.many for layer in layers)  # any number on a matrix unit
+    unit = all(torch.bfloat16 in layer.many for layer in layers)  # takes any number
+    assert layers and block.step.takes(torch.zeros(1, 10**4, 64).bfloat16()) == unit
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

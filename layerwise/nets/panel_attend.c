@@ -1,0 +1,254 @@
+/* Attention in a stream of float32 for any number of tokens.
+
+   A group is tokens whose sequences begin with the same blocks, with the heads that read the same keys (`groups.h`). Its
+   queries are the rows of two products with panels: keys, widened and turned over, of COLUMNS slots at a time, then values
+   as they lie. Softmax goes along with the spans of slots. What a token gets does not depend on its group. */
+
+#include "groups.h"
+#include "wide.h"
+
+#include <omp.h>
+
+enum { QUERIES = 96 }; /* of a group at most */
+
+/* Tokens from `first` on in the order, and the heads from `head` on that read `kv_head`. */
+typedef struct {
+    int64_t first, tokens, kv_head, head, heads;
+} Group;
+
+/* What one thread works in. */
+typedef struct {
+    float *queries, *out;  /* [QUERIES, width] */
+    float *logits;         /* [QUERIES, SPAN] */
+    float *values;         /* [SPAN, width] */
+    float *widened, *keys; /* [COLUMNS, width], and the same turned over */
+    float most[QUERIES], sum[QUERIES];
+    Sight sights[QUERIES];
+} Room;
+
+/* The queries of a token normed, turned and scaled, its keys normed and turned and to their slots with the values. */
+static void enter(const Shape *a, const Places *p, const HeadNorms *norms, int64_t token, const float *qkv,
+                  const void *cos, const void *sin, float *q, void *k, void *v, int kept) {
+    const int64_t width = a->width, all = a->heads + 2 * a->kv_heads;
+    const float eps = norms ? norms->eps : 0;
+    float turned[WIDEST];
+    for (int64_t h = 0; h < a->heads; h++) {
+        float *to = q + (token * a->heads + h) * width;
+        turn(a, qkv, (token * all + h) * width, norms ? norms->q : NULL, eps, cos, sin, token, to, 0);
+        for (int64_t i = 0; i < width; i++) to[i] *= a->scale;
+    }
+    for (int64_t h = 0; h < a->kv_heads; h++) {
+        const int64_t to = (h * a->slots + p->slot[token]) * width, from = (token * all + a->heads + h) * width;
+        turn(a, qkv, from, norms ? norms->k : NULL, eps, cos, sin, token, turned, 0);
+        for (int64_t i = 0; i < width; i += MANY) {
+            put_many(k, to + i, load_many(turned + i), kept);
+            put_many(v, to + i, load_many(qkv + from + a->kv_heads * width + i), kept);
+        }
+    }
+}
+
+/* The slots of a span, from `from` to the one before `to`, that some tokens of a group see. */
+typedef struct {
+    const int64_t *table;
+    int64_t kv_head, span, from, to;
+} Slots;
+
+/* Where in the pool the numbers of a slot begin. */
+INLINE int64_t place_of(const Shape *a, const Slots *seen, int64_t slot, int64_t width) {
+    return (seen->kv_head * a->slots + seen->table[slot / a->block] * a->block + slot % a->block) * width;
+}
+
+/* Numbers of slots as float32, a row each; those that are not seen are zero. */
+INLINE void widen(const Shape *a, const Slots *seen, int64_t slot, int64_t count, const void *from, float *to,
+                  int64_t width, int kept) {
+    for (int64_t j = slot; j < slot + count; j++, to += width) {
+        if (j < seen->from || j >= seen->to) {
+            memset(to, 0, width * sizeof *to);
+            continue;
+        }
+        const int64_t at = place_of(a, seen, j, width);
+        for (int64_t i = 0; i < width; i += MANY) put_many(to, i, get_many(from, at + i, kept), 0);
+    }
+}
+
+/* The keys of COLUMNS slots from `slot` on, turned over; those of slots that are not seen are any. */
+INLINE void turn_keys(const Shape *a, const Slots *seen, int64_t slot, const void *k, Room *room, int64_t width, int kept) {
+    if (!kept) {
+        widen(a, seen, slot, COLUMNS, k, room->widened, width, 0);
+        for (int64_t i = 0; i < width; i += MANY)
+            for (int64_t j = 0; j < COLUMNS; j += MANY)
+                turn_over(room->widened + j * width + i, width, room->keys + i * COLUMNS + j);
+        return;
+    }
+    for (int64_t j = 0; j < COLUMNS; j += SIXTEEN) {
+        const bf16 *rows[SIXTEEN];
+        for (int64_t n = 0; n < SIXTEEN; n++) {
+            const int64_t s = slot + j + n, there = s < seen->from ? seen->from : s < seen->to ? s : seen->to - 1;
+            rows[n] = (const bf16 *)k + place_of(a, seen, there, width);
+        }
+        for (int64_t i = 0; i < width; i += MANY) widen_over(rows, i, room->keys + i * COLUMNS + j);
+    }
+}
+
+/* Keys and values of the slots of the next span, as far as there is one, on their way into the cache. */
+INLINE void fetch_next(const Shape *a, const Slots *seen, int64_t end, const void *k, const void *v, int64_t width,
+                       int kept) {
+    for (int64_t j = seen->span + SPAN; j < seen->span + 2 * SPAN && j < end; j++) {
+        const int64_t at = place_of(a, seen, j, width);
+        for (int64_t i = 0; i < width; i += LINE / (kept ? 2 : 4)) fetch(k, at + i, kept), fetch(v, at + i, kept);
+    }
+}
+
+/* Logits of `count` queries from query `m` on with the keys of COLUMNS slots. */
+INLINE void logits_of(Room *room, int64_t m, int count, int64_t column, int64_t width) {
+    wide sum[ROWS_OF_SUMS][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++) sum[r][0] = sum[r][1] = (wide){0};
+    add_panel(room->queries + m * width, width, room->keys, COLUMNS, width, count, sum);
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++) {
+        store_wide(room->logits + (m + r) * SPAN + column, sum[r][0]);
+        store_wide(room->logits + (m + r) * SPAN + column + WIDE, sum[r][1]);
+    }
+}
+
+/* What `count` queries from query `m` on read of COLUMNS channels, of slots `low` to the one before `high` of a span. */
+INLINE void values_of(Room *room, int64_t m, int count, int64_t channel, int64_t low, int64_t high, int64_t width) {
+    wide sum[ROWS_OF_SUMS][2];
+    float *out = room->out + m * width + channel;
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++) sum[r][0] = load_wide(out + r * width), sum[r][1] = load_wide(out + r * width + WIDE);
+    add_panel(room->logits + m * SPAN + low, SPAN, room->values + low * width + channel, width, high - low, count, sum);
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++) store_wide(out + r * width, sum[r][0]), store_wide(out + r * width + WIDE, sum[r][1]);
+}
+
+INLINE many larger(many a, many b) {
+    const many_ints more = a > b;
+    return (many)(((many_ints)a & more) | ((many_ints)b & ~more));
+}
+
+/* Logits of one query become weights; what it has of spans before is scaled to the same largest logit. */
+static void weigh(const Sight *seen, int64_t span, float softcap, float *logits, float *most, float *sum, float *out,
+                  int64_t width) {
+    if (softcap != 0)
+        for (int64_t j = 0; j < SPAN; j++) logits[j] = softcap * tanhf(logits[j] / softcap);
+    for (int64_t j = 0; j < seen->from - span; j++) logits[j] = HIDDEN;
+    for (int64_t j = seen->to - span; j < SPAN; j++) logits[j] = HIDDEN;
+    many highest = load_many(logits), total = {0};
+    for (int64_t j = MANY; j < SPAN; j += MANY) highest = larger(highest, load_many(logits + j));
+    float here = highest[0];
+    for (int i = 1; i < MANY; i++) here = highest[i] > here ? highest[i] : here;
+    if (here > *most) {
+        const float scale = expf(*most - here);
+        *most = here, *sum *= scale;
+        for (int64_t i = 0; i < width; i += MANY) put_many(out, i, load_many(out + i) * scale, 0);
+    }
+    for (int64_t j = 0; j < SPAN; j += MANY) {
+        const many weight = exp_of(load_many(logits + j) - *most);
+        put_many(logits, j, weight, 0);
+        total += weight;
+    }
+    *sum += sum_of_many(total);
+}
+
+/* Tokens from `first` to the one before `stop` of a group see slots of a span, in the same blocks. */
+INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, int64_t first, int64_t stop,
+                    const void *k, const void *v, int64_t width, int kept) {
+    int64_t start = INT64_MAX, end = 0;
+    for (int64_t t = first; t < stop; t++) {
+        start = room->sights[t].from < start ? room->sights[t].from : start;
+        end = room->sights[t].to > end ? room->sights[t].to : end;
+    }
+    const int64_t from = start < span ? span : start, to = end > span + SPAN ? span + SPAN : end;
+    if (from >= to) return;
+    const Slots seen = {room->sights[first].table, g->kv_head, span, from, to};
+    const int64_t low = (from - span) / COLUMNS * COLUMNS, high = to - span, after = stop * g->heads;
+    fetch_next(a, &seen, room->sights[first].to, k, v, width, kept);
+    for (int64_t column = low, some; column < high; column += COLUMNS) {
+        turn_keys(a, &seen, span + column, k, room, width, kept);
+        for (int64_t m = first * g->heads; m < after; m += some) {
+            some = rows_at_once(after - m);
+#define TAKE(n) logits_of(room, m, n, column, width)
+            WITH_ROWS(some, TAKE)
+#undef TAKE
+        }
+    }
+    widen(a, &seen, span, SPAN, v, room->values, width, kept);
+    for (int64_t t = first; t < stop; t++)
+        for (int64_t m = t * g->heads; m < (t + 1) * g->heads; m++) {
+            Sight sight = room->sights[t];
+            sight.from = sight.from > from ? sight.from : from, sight.to = sight.to < to ? sight.to : to;
+            sight.from = sight.from < to ? sight.from : to, sight.to = sight.to > span ? sight.to : span;
+            weigh(&sight, span, a->softcap, room->logits + m * SPAN, room->most + m, room->sum + m,
+                  room->out + m * width, width);
+        }
+    for (int64_t channel = 0; channel < width; channel += COLUMNS)
+        for (int64_t m = first * g->heads, some; m < after; m += some) {
+            some = rows_at_once(after - m);
+#define TAKE(n) values_of(room, m, n, channel, from - span, high, width)
+            WITH_ROWS(some, TAKE)
+#undef TAKE
+        }
+}
+
+INLINE void group_in(const Shape *a, const Places *p, const Group *g, const float *q, const void *k, const void *v,
+                     float *out, Room *room, int64_t width, int kept) {
+    int64_t start = INT64_MAX, end = 0;
+    for (int64_t t = 0; t < g->tokens; t++) {
+        const Sight seen = room->sights[t] = sight_of(a, p, p->order[g->first + t]);
+        start = seen.from < start ? seen.from : start, end = seen.to > end ? seen.to : end;
+        memcpy(room->queries + t * g->heads * width, q + (seen.token * a->heads + g->head) * width,
+               g->heads * width * sizeof *q);
+    }
+    for (int64_t m = 0; m < g->tokens * g->heads; m++) room->most[m] = LOWEST, room->sum[m] = 0;
+    memset(room->out, 0, g->tokens * g->heads * width * sizeof *room->out);
+    for (int64_t span = start / SPAN * SPAN; span < end; span += SPAN)
+        for (int64_t first = 0, stop; first < g->tokens; first = stop) {
+            const Sight *one = room->sights + first;
+            for (stop = first + 1; stop < g->tokens && alike(one, room->sights + stop, span, a->block);) stop++;
+            span_of(a, g, room, span, first, stop, k, v, width, kept);
+        }
+    for (int64_t m = 0; m < g->tokens * g->heads; m++) {
+        float *to = out + (room->sights[m / g->heads].token * a->heads + g->head + m % g->heads) * width;
+        for (int64_t i = 0; i < width; i += MANY)
+            put_many(to, i, load_many(room->out + m * width + i) / room->sum[m], 0);
+    }
+}
+
+/* Whether it can be done, and for any number of tokens. */
+int panel_attends(const Shape *a) { return a->width % COLUMNS == 0 && a->width <= WIDEST; }
+
+/* As `attend`, from float32. */
+int panel_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const float *qkv,
+                 const void *cos, const void *sin, void *k, void *v, float *out, int kept, int threads) {
+    const int64_t width = a->width, group = a->heads / a->kv_heads, heads = group < QUERIES ? group : QUERIES;
+    const int64_t most = QUERIES / heads, parts = (group + heads - 1) / heads;
+    const size_t queries = lines(tokens * a->heads * width * sizeof(float)), head = lines(sizeof(Room));
+    const size_t own = head + lines(((2 * QUERIES + SPAN + 2 * COLUMNS) * width + QUERIES * SPAN) * sizeof(float));
+    char *memory = aligned_alloc(LINE, lines(queries + threads * own + tokens * sizeof(int64_t)));
+    if (!memory) return 1;
+    float *q = (float *)memory;
+    int64_t *from = (int64_t *)(memory + queries + threads * own), count = 0;
+    for (int64_t t = 0; t < tokens; t += grouped(a, p, t, tokens, most)) from[count++] = t;
+#pragma omp parallel num_threads(threads)
+    {
+        char *mine = memory + queries + omp_get_thread_num() * own;
+        Room *room = (Room *)mine;
+        room->queries = (float *)(mine + head), room->out = room->queries + QUERIES * width;
+        room->values = room->out + QUERIES * width, room->widened = room->values + SPAN * width;
+        room->keys = room->widened + COLUMNS * width, room->logits = room->keys + COLUMNS * width;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) enter(a, p, norms, t, qkv, cos, sin, q, k, v, kept);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count * parts * a->kv_heads; i++) {
+            const int64_t first = from[i % count], kv_head = i / count / parts, at = i / count % parts * heads;
+            const Group g = {first, grouped(a, p, first, tokens, most), kv_head, kv_head * group + at,
+                             group - at < heads ? group - at : heads};
+            if (kept && width == 64) group_in(a, p, &g, q, k, v, out, room, 64, 1);
+            else group_in(a, p, &g, q, k, v, out, room, width, kept);
+        }
+    }
+    free(memory);
+    return 0;
+}
