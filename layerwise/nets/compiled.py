@@ -51,6 +51,8 @@ def library() -> ctypes.CDLL | None:
     found.packed_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p]
     found.packed_numbers.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int]
     found.dense_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int]
+    found.panel_product.argtypes = found.dense_product.argtypes
+    found.panels_multiply_pairs.argtypes = [c_int64]
     found.rms_norm.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int, c_int]
     found.gate_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int, c_int]
     found.attend.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int, c_int]

@@ -100,7 +100,8 @@ int dense_product(const Matrix *matrix, const void *x, int64_t rows, const float
     const uint16_t *w = (const uint16_t *)matrix->codes;
     if (half && unit_multiplies(outputs, inputs))
         return unit_product(&(Joined){{matrix}, {bias}}, x, rows, y, stride, threads);
-    if (!half && rows > FEW_DENSE) return panel_product(matrix, x, rows, bias, y, stride, threads);
+    if (rows > FEW_DENSE && (!half || panels_multiply_pairs(inputs)))
+        return panel_product(matrix, x, rows, bias, y, stride, half, threads);
     float *sorted = half ? NULL : sorted_steps(x, rows, inputs);
     if (!half && !sorted) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)

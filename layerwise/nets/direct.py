@@ -24,7 +24,7 @@ FEW_TOKENS = 16
 """Up to this many tokens one kernel on one core is faster than the five of the plain norm."""
 
 FEW_ROWS = 48
-"""Above this the product of a layer in bfloat16 is torch's, with a dense matrix, but for those by a matrix unit."""
+"""Above this a product that the compiled functions are not made for is torch's, with a dense matrix."""
 
 
 class Direct(nn.Module):
@@ -69,8 +69,7 @@ class LaidOutLinear(Direct):
         self.in_features, self.out_features = inner.in_features, inner.out_features
         bias = inner.bias if isinstance(inner, PackedLinear) else None
         self.bias_O = None if bias is None else bias.detach().float()
-        self.many = frozenset({torch.float32} if isinstance(self.tiled, native.NativeMatrix) else ())
-        """Of what dtypes the compiled product takes many rows too."""
+        self.many = self.tiled.many if isinstance(self.tiled, native.NativeMatrix) else frozenset[torch.dtype]()
 
     def forward(self, x: Tensor) -> Tensor:
         x_MI, tiled = x.reshape(-1, self.in_features), self.tiled

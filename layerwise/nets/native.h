@@ -149,7 +149,7 @@ enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 2 };
 
 enum { WIDEST = 512 }; /* channels of a head at most */
 
-enum { FEW_DENSE = 16, FEW_PACKED = 48 }; /* rows of float32 above which a product is one with panels */
+enum { FEW_DENSE = 16, FEW_PACKED = 48 }; /* rows above which a product is one with panels */
 
 enum { MANY_NUMBERS = 1 << 13 }; /* from which several threads are worth waking, where each is little work */
 
@@ -177,8 +177,10 @@ int packed_rows(const Matrix *w, const int64_t *chosen, int64_t rows, float *y);
 void packed_numbers(const Matrix *w, int64_t from, int64_t to, void *y, int half, int threads);
 int dense_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                   int threads);
-int panel_product(const Matrix *w, const float *x, int64_t rows, const float *bias, float *y, int64_t stride, int threads);
 int multiplies_pairs(void);
+int panels_multiply_pairs(int64_t inputs);
+int panel_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
+                  int threads);
 void pairs_outputs(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs,
                    float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]);
 int unit_multiplies(int64_t outputs, int64_t inputs);

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layerwise.nets.bits import pack, unpack
-from layerwise.nets.compiled import DTYPES, library
+from layerwise.nets.compiled import DTYPES, library, matrix_unit
 from layerwise.spec import Format
 
 GROUPS = (256, 128, 64, 32)
@@ -82,6 +82,13 @@ class NativeMatrix:
     def address(self) -> int:
         """Where the C structure of the matrix lies, as long as this object lives."""
         return ctypes.addressof(self._struct)
+
+    @property
+    def many(self) -> frozenset[torch.dtype]:
+        """Of what dtypes the product takes many rows too: bfloat16 is torch's where it has a matrix unit for that."""
+        found = library()
+        pairs = found is not None and bool(found.panels_multiply_pairs(self.inputs)) and not matrix_unit()
+        return frozenset(DTYPES) if pairs else frozenset({torch.float32})
 
     @cached_property
     def _call(self) -> tuple[Any, int, int]:

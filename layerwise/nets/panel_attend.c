@@ -104,7 +104,7 @@ INLINE void logits_of(Room *room, int64_t m, int count, int64_t column, int64_t 
     wide sum[ROWS_OF_SUMS][2];
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) sum[r][0] = sum[r][1] = (wide){0};
-    add_panel(room->queries + m * width, width, room->keys, COLUMNS, width, count, sum);
+    add_panel(room->queries + m * width, width, room->keys, COLUMNS, width, count, 0, sum);
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) {
         store_wide(room->logits + (m + r) * SPAN + column, sum[r][0]);
@@ -118,7 +118,8 @@ INLINE void values_of(Room *room, int64_t m, int count, int64_t channel, int64_t
     float *out = room->out + m * width + channel;
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) sum[r][0] = load_wide(out + r * width), sum[r][1] = load_wide(out + r * width + WIDE);
-    add_panel(room->logits + m * SPAN + low, SPAN, room->values + low * width + channel, width, high - low, count, sum);
+    add_panel(room->logits + m * SPAN + low, SPAN, room->values + low * width + channel, width, high - low, count, 0,
+              sum);
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) store_wide(out + r * width, sum[r][0]), store_wide(out + r * width + WIDE, sum[r][1]);
 }

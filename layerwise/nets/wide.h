@@ -108,16 +108,30 @@ INLINE void widen_over(const bf16 *const rows[SIXTEEN], int64_t at, float *to) {
 #endif
 }
 
-/* Adds to `sum` what `count` rows, `apart`, give with a panel of so many steps, `across`; each sum is made in their order. */
+/* sum + a b, where a and b hold pairs of numbers in bfloat16, of which both products are added. */
+INLINE wide plus_pairs(wide sum, wide a, wide b) {
+#ifdef __AVX512BF16__
+    return (wide)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    const int32_t upper = (int32_t)0xffff0000;
+    sum = plus_wide(sum, (wide)((wide_ints)a << 16), (wide)((wide_ints)b << 16));
+    return plus_wide(sum, (wide)((wide_ints)a & upper), (wide)((wide_ints)b & upper));
+#endif
+}
+
+/* Adds to `sum` what `count` rows, `apart`, give with a panel of so many steps, `across`; each sum is made in their order. A
+   step is a number, or a pair of numbers in bfloat16. */
 INLINE void add_panel(const float *rows, int64_t apart, const float *panel, int64_t across, int64_t steps, int count,
-                      wide sum[ROWS_OF_SUMS][2]) {
+                      int pairs, wide sum[ROWS_OF_SUMS][2]) {
     for (int64_t i = 0; i < steps; i++) {
         const wide a = load_wide(panel + i * across), b = load_wide(panel + i * across + WIDE);
 #pragma GCC unroll 12
         for (int m = 0; m < count; m++) {
-            const wide x = rows[m * apart + i] - (wide){0};
-            sum[m][0] = plus_wide(sum[m][0], x, a);
-            sum[m][1] = plus_wide(sum[m][1], x, b);
+            int32_t bits;
+            memcpy(&bits, rows + m * apart + i, sizeof bits);
+            const wide x = (wide)(bits - (wide_ints){0});
+            sum[m][0] = pairs ? plus_pairs(sum[m][0], x, a) : plus_wide(sum[m][0], x, a);
+            sum[m][1] = pairs ? plus_pairs(sum[m][1], x, b) : plus_wide(sum[m][1], x, b);
         }
     }
 }

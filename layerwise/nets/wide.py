@@ -61,11 +61,12 @@ class HalfLinear(Direct):
 
     @cached_property
     def many(self) -> frozenset[torch.dtype]:
-        """Of what dtypes the compiled product takes many rows too: float32, and bfloat16 by a matrix unit."""
+        """Of what dtypes the compiled product takes many rows too: float32, and bfloat16 where it multiplies that."""
         found = library()
-        unit = (found is not None and self.weight.dtype == torch.bfloat16
-                and bool(found.unit_multiplies(self.out_features, self.in_features)))
-        return frozenset(DTYPES) if unit else frozenset({torch.float32})
+        both = (found is not None and self.weight.dtype == torch.bfloat16
+                and bool(found.unit_multiplies(self.out_features, self.in_features)
+                         or found.panels_multiply_pairs(self.in_features)))
+        return frozenset(DTYPES) if both else frozenset({torch.float32})
 
     def forward(self, x: Tensor) -> Tensor:
         x_MI = x.reshape(-1, self.in_features).contiguous()

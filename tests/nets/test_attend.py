@@ -127,8 +127,8 @@ WORLDS = pytest.mark.parametrize(("rows", "block", "shared"), [(PROMPTS, 4, 0), 
 
 
 STREAMS = pytest.mark.parametrize(("dtype", "kept", "tolerance"), [
-    (torch.bfloat16, torch.bfloat16, 2e-2), (torch.float32, torch.bfloat16, 1e-3), (torch.float32, torch.float32, 1e-5)],
-    ids=["bfloat16", "float32 with keys of bfloat16", "float32"])
+    (torch.bfloat16, torch.bfloat16, 2e-2), (torch.float32, torch.bfloat16, 1e-3),
+    (torch.float32, torch.float32, 1e-5)], ids=["bfloat16", "float32 with keys of bfloat16", "float32"])
 
 
 @WORLDS

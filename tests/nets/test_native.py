@@ -64,6 +64,18 @@ def test_many_rows_are_multiplied_in_float32(format: Format, outputs: int) -> No
     near(matrix(of).product(x), x.double() @ dense.T, x, dense, half_step=2.0**-22)
 
 
+@pytest.mark.parametrize("outputs", [64, 37])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_many_rows_in_bfloat16_are_rounded_once(format: Format, outputs: int) -> None:
+    """What processors that multiply pairs of bfloat16 do, with the numbers of the matrix in bfloat16 as well."""
+    of, found, y = layer(format, outputs=outputs), compiled.library(), torch.empty(61, outputs, dtype=torch.bfloat16)
+    packed, x = matrix(of), torch.randn(61, 192, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = torch.nn.functional.pad(x, (0, packed.inputs - 192))
+    assert found is not None and not found.panel_product(packed.address, x.data_ptr(), 61, None, y.data_ptr(), outputs, 1, 2)
+    dense = of.dense(torch.bfloat16).double()
+    near(y, x[:, :192].double() @ dense.T, x, dense, half_step=2.0**-9)
+
+
 @pytest.mark.parametrize("inputs", [192, 150])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_codes_come_back(format: Format, inputs: int) -> None:
