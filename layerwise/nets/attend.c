@@ -173,15 +173,16 @@ INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
     return 0;
 }
 
-/* qkv [tokens, heads + 2 kv_heads, width], where width is a multiple of 8 and at most 512; cos, sin [tokens, turning];
-   k, v [kv_heads, slots, width], bfloat16 where `kept`, and always where all else is; out [tokens, heads, width].
+/* qkv [tokens, heads + 2 kv_heads, width], where width is a multiple of 8, of codes one of COLUMNS, and at most 512; cos, sin [tokens, turning];
+   k, v as `kept` says, never float32 where all else is bfloat16; out [tokens, heads, width].
    Gives 0, or 1 where memory ran out. */
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
+    if (kept >= KEPT_INT8) return panel_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, half, kept, threads);
     if (half && unit_attends(a)) return unit_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
     if (half && tiles(a)) return attend_tiles(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
+    if (panel_attends(a)) return panel_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, half, kept, threads);
     if (half) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 1, 1, threads);
-    if (panel_attends(a)) return panel_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, kept, threads);
     if (kept) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 1, threads);
     return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 0, threads);
 }

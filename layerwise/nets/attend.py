@@ -1,6 +1,8 @@
-"""Attention straight from blocks of slots, in one call: norms and rotation, writing to the pools, softmax. For any
-number of tokens where the stream is float32 (`panel_attend.c`), or the processor has a matrix unit (`unit_attend.c`) or
-multiplies pairs of bfloat16 (`tiles.c`), elsewhere for few (`attend.c`).
+"""Attention straight from blocks of slots, in one call: norms and rotation, writing to the pools, softmax.
+
+In bfloat16 for processors that have a matrix unit (`unit_attend.c`) or multiply pairs of it (`tiles.c`), else in
+float32 (`panel_attend.c`), from keys and values as numbers or as codes; heads of a width that these cannot take go by
+`attend.c`, for few tokens.
 
 Shapes: N tokens, R sequences, M blocks of the longest, H query heads, K key heads, S slots of a pool, D head width.
 """
@@ -8,15 +10,18 @@ Shapes: N tokens, R sequences, M blocks of the longest, H query heads, K key hea
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from layerwise.nets.compiled import DTYPES, library
-from layerwise.spec import Attention
+from layerwise.spec import Attention, Precision
 
 WIDEST = 512
+CODED: dict[Precision, int] = {"int8": 2, "int4": 3}
+"""How the compiled function is told of codes; numbers are told of as `DTYPES` says."""
 
 
 class _Places(ctypes.Structure):
@@ -57,25 +62,35 @@ class HeadNorms:
         self.address = ctypes.addressof(self._struct)
 
 
-class Attended:
-    """The pools of one layer, [K, S, D], in blocks of `block` slots, and how new tokens attend to them.
+class _Codes(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in ("codes", "scale", "step")]
 
-    Beside tokens in float32 the pools may be bfloat16. `many` names the dtypes of which one call is the fastest
-    for many tokens as well.
+
+class Attended:
+    """The pools of one layer in blocks of `block` slots, and how new tokens attend to them.
+
+    `keys` and `values` are one tensor each, [K, S, D], or the parts of codes of that `precision` (see `KeyCode`).
+    Beside tokens in float32 numbers may be bfloat16. `many` names the dtypes of which one call is the fastest for many
+    tokens as well; codes can be read for these only.
     """
 
-    def __init__(self, a: Attention, k_KSD: Tensor, v_KSD: Tensor, block: int) -> None:
-        self._kept = k_KSD, v_KSD
+    def __init__(self, a: Attention, keys: Sequence[Tensor], values: Sequence[Tensor], block: int,
+                 precision: Precision = "model") -> None:
         turning = 0 if a.rope is None else int(a.head_dim * a.rope.part)
-        self._struct = _Shape(a.heads, a.kv_heads, a.head_dim, turning, k_KSD.shape[1], block, a.window or 0,
+        self._struct = _Shape(a.heads, a.kv_heads, a.head_dim, turning, keys[0].shape[1], block, a.window or 0,
                               a.head_dim**-0.5 if a.scale is None else a.scale, a.softcap or 0.0)
         self.address = ctypes.addressof(self._struct)
         found = library()
         assert found is not None
-        able = {torch.float32: found.panel_attends(self.address),
-                torch.bfloat16: k_KSD.dtype == torch.bfloat16 and found.tiles(self.address)}
+        panels, tiles = bool(found.panel_attends(self.address)), bool(found.tiles(self.address))
+        able = {torch.float32: panels, torch.bfloat16: panels or (tiles and precision == "model")}
         self.many = frozenset(dtype for dtype, can in able.items() if can)
-        self.k, self.v, self.kept = k_KSD.data_ptr(), v_KSD.data_ptr(), DTYPES[k_KSD.dtype]
+        codes = [_Codes(*(part.data_ptr() for part in parts)) for parts in (keys, values)]
+        self._kept = keys, values, codes
+        plain = precision == "model"
+        self.k, self.v = (parts[0].data_ptr() if plain else ctypes.addressof(coded)
+                          for parts, coded in zip((keys, values), codes, strict=True))
+        self.kept = DTYPES[keys[0].dtype] if plain else CODED[precision]
         self.out = a.heads * a.head_dim
 
 
@@ -97,7 +112,7 @@ class Pages:
 
 
 def attends(a: Attention, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `attend` can do this attention."""
+    """Whether `attend` can do this attention, with keys that come and go as `dtype`."""
     return (device.type == "cpu" and dtype in DTYPES and a.head_dim % 8 == 0 and a.head_dim <= WIDEST
             and library() is not None)
 

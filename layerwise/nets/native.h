@@ -127,6 +127,18 @@ typedef struct {
     float scale, softcap;                    /* softcap 0: none */
 } Shape;
 
+/* How keys and values are kept: as numbers, [kv_heads, slots, width], or as codes, to which `Codes` points. */
+enum { KEPT_FLOAT32, KEPT_BFLOAT16, KEPT_INT8, KEPT_INT4 };
+
+/* 8 bits: a byte for each number, [kv_heads, slots, width], and a scale for each head of a slot. 4 bits: numbers i and
+   i + width / 2 in a byte; the least number and the step of each group, a largest power of two up to 32 that divides the
+   width. */
+typedef struct {
+    uint8_t *codes;
+    void *scale; /* float32, or of 4 bits the least number, bfloat16 */
+    bf16 *step;  /* of 4 bits only */
+} Codes;
+
 typedef struct {
     const int64_t *slot;  /* [tokens]: where the token's key goes in the pool */
     const int64_t *row;   /* [tokens]: the sequence that it belongs to */
@@ -191,8 +203,8 @@ void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activat
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads);
 int panel_attends(const Shape *a);
-int panel_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const float *qkv,
-                 const void *cos, const void *sin, void *k, void *v, float *out, int kept, int threads);
+int panel_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
+                 const void *cos, const void *sin, void *k, void *v, void *out, int half, int kept, int threads);
 int unit_attends(const Shape *a);
 int unit_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const bf16 *qkv,
                 const void *cos, const void *sin, bf16 *k, bf16 *v, bf16 *out, int threads);

@@ -1,8 +1,9 @@
-/* Attention in a stream of float32 for any number of tokens.
+/* Attention for any number of tokens, computed in float32.
 
    A group is tokens whose sequences begin with the same blocks, with the heads that read the same keys (`groups.h`). Its
    queries are the rows of two products with panels: keys, widened and turned over, of COLUMNS slots at a time, then values
-   as they lie. Softmax goes along with the spans of slots. What a token gets does not depend on its group. */
+   as they lie. Keys and values may be kept as codes (`nets/key_codes.py`). Softmax goes along with the spans of slots. What
+   a token gets does not depend on its group. */
 
 #include "groups.h"
 #include "wide.h"
@@ -26,24 +27,83 @@ typedef struct {
     Sight sights[QUERIES];
 } Room;
 
+/* Numbers that share a step in 4 bits. */
+INLINE int64_t group_of(int64_t width) { return (width & -width) < 32 ? width & -width : 32; }
+
+/* Puts the numbers of a head into slot `slot`, counted over all heads. */
+static void keep(void *pool, int64_t slot, const float *x, int64_t width, int kept) {
+    const Codes *coded = pool;
+    if (kept < KEPT_INT8) {
+        for (int64_t i = 0; i < width; i += MANY) put_many(pool, slot * width + i, load_many(x + i), kept);
+    } else if (kept == KEPT_INT8) {
+        float most = 0;
+        for (int64_t i = 0; i < width; i++) most = fabsf(x[i]) > most || x[i] != x[i] ? fabsf(x[i]) : most;
+        const float scale = (most < 1e-12f ? 1e-12f : most) / 127;
+        for (int64_t i = 0; i < width; i++) coded->codes[slot * width + i] = (uint8_t)(int8_t)nearbyintf(x[i] / scale);
+        ((float *)coded->scale)[slot] = scale;
+    } else {
+        const int64_t group = group_of(width), groups = width / group;
+        uint8_t codes[WIDEST];
+        for (int64_t g = 0; g < groups; g++) {
+            const float *some = x + g * group;
+            float low = some[0], high = some[0];
+            for (int64_t i = 1; i < group; i++) {
+                low = some[i] < low || some[i] != some[i] ? some[i] : low;
+                high = some[i] > high ? some[i] : high;
+            }
+            const bf16 least = narrowed(low);
+            const float size = (high - widened(least)) / 15;
+            const bf16 step = narrowed(size < 1e-12f ? 1e-12f : size);
+            for (int64_t i = 0; i < group; i++) {
+                const float code = nearbyintf((some[i] - widened(least)) / widened(step));
+                codes[g * group + i] = code > 0 ? code < 15 ? (uint8_t)code : 15 : 0;
+            }
+            ((bf16 *)coded->scale)[slot * groups + g] = least, coded->step[slot * groups + g] = step;
+        }
+        for (int64_t i = 0; i < width / 2; i++)
+            coded->codes[slot * (width / 2) + i] = codes[i] | (uint8_t)(codes[i + width / 2] << 4);
+    }
+}
+
+/* The numbers of slot `slot`, counted over all heads, as float32. */
+INLINE void read_kept(const void *pool, int64_t slot, float *to, int64_t width, int kept) {
+    const Codes *coded = pool;
+    if (kept < KEPT_INT8) {
+        for (int64_t i = 0; i < width; i += MANY) put_many(to, i, get_many(pool, slot * width + i, kept), 0);
+    } else if (kept == KEPT_INT8) {
+        const int8_t *codes = (const int8_t *)coded->codes + slot * width;
+        const float scale = ((const float *)coded->scale)[slot];
+        for (int64_t i = 0; i < width; i++) to[i] = (float)codes[i] * scale;
+    } else {
+        const int64_t group = group_of(width), groups = width / group, middle = width / 2;
+        const uint8_t *codes = coded->codes + slot * middle;
+        for (int64_t i = 0; i < middle; i++) to[i] = (float)(codes[i] & 15), to[i + middle] = (float)(codes[i] >> 4);
+        for (int64_t g = 0; g < groups; g++) {
+            const float low = widened(((const bf16 *)coded->scale)[slot * groups + g]);
+            const float step = widened(coded->step[slot * groups + g]);
+            for (int64_t i = g * group; i < (g + 1) * group; i++) to[i] = low + to[i] * step;
+        }
+    }
+}
+
 /* The queries of a token normed, turned and scaled, its keys normed and turned and to their slots with the values. */
-static void enter(const Shape *a, const Places *p, const HeadNorms *norms, int64_t token, const float *qkv,
-                  const void *cos, const void *sin, float *q, void *k, void *v, int kept) {
+static void enter(const Shape *a, const Places *p, const HeadNorms *norms, int64_t token, const void *qkv,
+                  const void *cos, const void *sin, float *q, void *k, void *v, int half, int kept) {
     const int64_t width = a->width, all = a->heads + 2 * a->kv_heads;
     const float eps = norms ? norms->eps : 0;
-    float turned[WIDEST];
+    float numbers[WIDEST];
     for (int64_t h = 0; h < a->heads; h++) {
         float *to = q + (token * a->heads + h) * width;
-        turn(a, qkv, (token * all + h) * width, norms ? norms->q : NULL, eps, cos, sin, token, to, 0);
+        turn(a, qkv, (token * all + h) * width, norms ? norms->q : NULL, eps, cos, sin, token, to, half);
         for (int64_t i = 0; i < width; i++) to[i] *= a->scale;
     }
     for (int64_t h = 0; h < a->kv_heads; h++) {
-        const int64_t to = (h * a->slots + p->slot[token]) * width, from = (token * all + a->heads + h) * width;
-        turn(a, qkv, from, norms ? norms->k : NULL, eps, cos, sin, token, turned, 0);
-        for (int64_t i = 0; i < width; i += MANY) {
-            put_many(k, to + i, load_many(turned + i), kept);
-            put_many(v, to + i, load_many(qkv + from + a->kv_heads * width + i), kept);
-        }
+        const int64_t from = (token * all + a->heads + h) * width, slot = h * a->slots + p->slot[token];
+        turn(a, qkv, from, norms ? norms->k : NULL, eps, cos, sin, token, numbers, half);
+        keep(k, slot, numbers, width, kept);
+        for (int64_t i = 0; i < width; i += MANY)
+            put_many(numbers, i, get_many(qkv, from + a->kv_heads * width + i, half), 0);
+        keep(v, slot, numbers, width, kept);
     }
 }
 
@@ -53,28 +113,24 @@ typedef struct {
     int64_t kv_head, span, from, to;
 } Slots;
 
-/* Where in the pool the numbers of a slot begin. */
-INLINE int64_t place_of(const Shape *a, const Slots *seen, int64_t slot, int64_t width) {
-    return (seen->kv_head * a->slots + seen->table[slot / a->block] * a->block + slot % a->block) * width;
+/* Where in the pool a slot is, counted over all heads. */
+INLINE int64_t place_of(const Shape *a, const Slots *seen, int64_t slot) {
+    return seen->kv_head * a->slots + seen->table[slot / a->block] * a->block + slot % a->block;
 }
 
 /* Numbers of slots as float32, a row each; those that are not seen are zero. */
 INLINE void widen(const Shape *a, const Slots *seen, int64_t slot, int64_t count, const void *from, float *to,
                   int64_t width, int kept) {
     for (int64_t j = slot; j < slot + count; j++, to += width) {
-        if (j < seen->from || j >= seen->to) {
-            memset(to, 0, width * sizeof *to);
-            continue;
-        }
-        const int64_t at = place_of(a, seen, j, width);
-        for (int64_t i = 0; i < width; i += MANY) put_many(to, i, get_many(from, at + i, kept), 0);
+        if (j < seen->from || j >= seen->to) memset(to, 0, width * sizeof *to);
+        else read_kept(from, place_of(a, seen, j), to, width, kept);
     }
 }
 
 /* The keys of COLUMNS slots from `slot` on, turned over; those of slots that are not seen are any. */
 INLINE void turn_keys(const Shape *a, const Slots *seen, int64_t slot, const void *k, Room *room, int64_t width, int kept) {
-    if (!kept) {
-        widen(a, seen, slot, COLUMNS, k, room->widened, width, 0);
+    if (kept != KEPT_BFLOAT16) {
+        widen(a, seen, slot, COLUMNS, k, room->widened, width, kept);
         for (int64_t i = 0; i < width; i += MANY)
             for (int64_t j = 0; j < COLUMNS; j += MANY)
                 turn_over(room->widened + j * width + i, width, room->keys + i * COLUMNS + j);
@@ -84,7 +140,7 @@ INLINE void turn_keys(const Shape *a, const Slots *seen, int64_t slot, const voi
         const bf16 *rows[SIXTEEN];
         for (int64_t n = 0; n < SIXTEEN; n++) {
             const int64_t s = slot + j + n, there = s < seen->from ? seen->from : s < seen->to ? s : seen->to - 1;
-            rows[n] = (const bf16 *)k + place_of(a, seen, there, width);
+            rows[n] = (const bf16 *)k + place_of(a, seen, there) * width;
         }
         for (int64_t i = 0; i < width; i += MANY) widen_over(rows, i, room->keys + i * COLUMNS + j);
     }
@@ -93,9 +149,13 @@ INLINE void turn_keys(const Shape *a, const Slots *seen, int64_t slot, const voi
 /* Keys and values of the slots of the next span, as far as there is one, on their way into the cache. */
 INLINE void fetch_next(const Shape *a, const Slots *seen, int64_t end, const void *k, const void *v, int64_t width,
                        int kept) {
+    if (kept >= KEPT_INT8) k = ((const Codes *)k)->codes, v = ((const Codes *)v)->codes;
+    const int64_t bits = kept == KEPT_FLOAT32 ? 32 : kept == KEPT_BFLOAT16 ? 16 : kept == KEPT_INT8 ? 8 : 4;
+    const int64_t size = width * bits / 8;
     for (int64_t j = seen->span + SPAN; j < seen->span + 2 * SPAN && j < end; j++) {
-        const int64_t at = place_of(a, seen, j, width);
-        for (int64_t i = 0; i < width; i += LINE / (kept ? 2 : 4)) fetch(k, at + i, kept), fetch(v, at + i, kept);
+        const int64_t at = place_of(a, seen, j) * size;
+        for (int64_t i = 0; i < size; i += LINE)
+            __builtin_prefetch((const char *)k + at + i), __builtin_prefetch((const char *)v + at + i);
     }
 }
 
@@ -194,7 +254,7 @@ INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, in
 }
 
 INLINE void group_in(const Shape *a, const Places *p, const Group *g, const float *q, const void *k, const void *v,
-                     float *out, Room *room, int64_t width, int kept) {
+                     void *out, Room *room, int64_t width, int half, int kept) {
     int64_t start = INT64_MAX, end = 0;
     for (int64_t t = 0; t < g->tokens; t++) {
         const Sight seen = room->sights[t] = sight_of(a, p, p->order[g->first + t]);
@@ -211,18 +271,18 @@ INLINE void group_in(const Shape *a, const Places *p, const Group *g, const floa
             span_of(a, g, room, span, first, stop, k, v, width, kept);
         }
     for (int64_t m = 0; m < g->tokens * g->heads; m++) {
-        float *to = out + (room->sights[m / g->heads].token * a->heads + g->head + m % g->heads) * width;
+        const int64_t to = (room->sights[m / g->heads].token * a->heads + g->head + m % g->heads) * width;
         for (int64_t i = 0; i < width; i += MANY)
-            put_many(to, i, load_many(room->out + m * width + i) / room->sum[m], 0);
+            put_many(out, to + i, load_many(room->out + m * width + i) / room->sum[m], half);
     }
 }
 
 /* Whether it can be done, and for any number of tokens. */
 int panel_attends(const Shape *a) { return a->width % COLUMNS == 0 && a->width <= WIDEST; }
 
-/* As `attend`, from float32. */
-int panel_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const float *qkv,
-                 const void *cos, const void *sin, void *k, void *v, float *out, int kept, int threads) {
+/* As `attend`. */
+int panel_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
+                 const void *cos, const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
     const int64_t width = a->width, group = a->heads / a->kv_heads, heads = group < QUERIES ? group : QUERIES;
     const int64_t most = QUERIES / heads, parts = (group + heads - 1) / heads;
     const size_t queries = lines(tokens * a->heads * width * sizeof(float)), head = lines(sizeof(Room));
@@ -240,14 +300,16 @@ int panel_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_
         room->values = room->out + QUERIES * width, room->widened = room->values + SPAN * width;
         room->keys = room->widened + COLUMNS * width, room->logits = room->keys + COLUMNS * width;
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) enter(a, p, norms, t, qkv, cos, sin, q, k, v, kept);
+        for (int64_t t = 0; t < tokens; t++) enter(a, p, norms, t, qkv, cos, sin, q, k, v, half, kept);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count * parts * a->kv_heads; i++) {
             const int64_t first = from[i % count], kv_head = i / count / parts, at = i / count % parts * heads;
             const Group g = {first, grouped(a, p, first, tokens, most), kv_head, kv_head * group + at,
                              group - at < heads ? group - at : heads};
-            if (kept && width == 64) group_in(a, p, &g, q, k, v, out, room, 64, 1);
-            else group_in(a, p, &g, q, k, v, out, room, width, kept);
+            if (width == 64 && kept == KEPT_BFLOAT16) group_in(a, p, &g, q, k, v, out, room, 64, half, KEPT_BFLOAT16);
+            else if (kept == KEPT_INT8) group_in(a, p, &g, q, k, v, out, room, width, half, KEPT_INT8);
+            else if (kept == KEPT_INT4) group_in(a, p, &g, q, k, v, out, room, width, half, KEPT_INT4);
+            else group_in(a, p, &g, q, k, v, out, room, width, half, kept);
         }
     }
     free(memory);

@@ -224,7 +224,7 @@ class PagedFlow(Flow):
 
     def pages(self, a: Attention, layer: int, dtype: torch.dtype) -> Pages | None:
         entry, pool = self.table.layers[layer], self.pools[layer]
-        if layer in self.watched or type(pool) is not Pool or pool.dtype != dtype:
+        if layer in self.watched or not isinstance(pool, Pool) or pool.dtype != dtype:
             return None
         assert entry.group is not None
         attended = pool.attended(a)

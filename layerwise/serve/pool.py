@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerwise.nets.attend import Attended, attends
-from layerwise.nets.key_codes import KEY_CODES, KeyCode
+from layerwise.nets.key_codes import KEY_CODES
 from layerwise.spec import Attention, Precision
 
 Pair = tuple[Tensor, Tensor]
@@ -24,6 +24,8 @@ Pair = tuple[Tensor, Tensor]
 
 class Pool:
     """`blocks` blocks of `block` slots, kept in the dtype of the model; what comes and goes is `dtype`."""
+
+    precision: ClassVar[Precision] = "model"
 
     def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype, device: torch.device,
                  kept: torch.dtype | None = None) -> None:
@@ -34,8 +36,10 @@ class Pool:
     def attended(self, a: Attention) -> Attended | None:
         """The pool as the compiled attention sees it, made once; None where that cannot do `a`."""
         if self._attended is None or self._attended[0] is not a:
-            known = attends(a, self.k.dtype, self.k.device)
-            self._attended = a, Attended(a, self.k, self.v, self.block) if known else None
+            keys, values = self._parts()
+            known = attends(a, self.dtype if self.precision != "model" else keys[0].dtype, keys[0].device)
+            found = Attended(a, keys, values, self.block, self.precision) if known else None
+            self._attended = a, found if found is None or found.many or self.precision == "model" else None
         return self._attended[1]
 
     def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> Pair | None:
@@ -59,8 +63,13 @@ class Pool:
         for store in self._stores():
             store[:, target_N] = store[:, source_N]
 
-    def _stores(self) -> tuple[Tensor, ...]:
-        return self.k, self.v
+    def _parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors of keys and those of values."""
+        return [self.k], [self.v]
+
+    def _stores(self) -> list[Tensor]:
+        keys, values = self._parts()
+        return keys + values
 
     def _rows(self, store: Tensor, blocks_RM: Tensor) -> Tensor:
         heads, _, width = store.shape
@@ -72,44 +81,43 @@ class Pool:
 class CodedPool(Pool):
     """Keys and values as codes: every store is several tensors."""
 
-    code: ClassVar[KeyCode]
-
     def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype, device: torch.device,
                  kept: torch.dtype | None = None) -> None:
         self.block, self.dtype = block, dtype
         self.keys, self.values = ([zeros((heads, blocks * block, size), kind, device) for size, kind in
-                                   self.code.layout(width)] for _ in range(2))
+                                   KEY_CODES[self.precision].layout(width)] for _ in range(2))
+        self._attended = None
 
     def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> Pair | None:
         for stores, new in ((self.keys, k_KND), (self.values, v_KND)):
-            for store, part in zip(stores, self.code.encode(new.float()), strict=True):
+            for store, part in zip(stores, KEY_CODES[self.precision].encode(new.float()), strict=True):
                 store.index_copy_(1, slots_N, part)
         return None
 
     def gather(self, blocks_RM: Tensor) -> Pair:
-        k, v = (self.code.decode([self._rows(store, blocks_RM) for store in stores]).to(self.dtype)
+        k, v = (KEY_CODES[self.precision].decode([self._rows(store, blocks_RM) for store in stores]).to(self.dtype)
                 for stores in (self.keys, self.values))
         return k, v
 
     def span(self, start: int, stop: int) -> Pair:
-        k, v = (self.code.decode([store[None, :, start:stop] for store in stores]).to(self.dtype)
+        k, v = (KEY_CODES[self.precision].decode([store[None, :, start:stop] for store in stores]).to(self.dtype)
                 for stores in (self.keys, self.values))
         return k, v
 
-    def _stores(self) -> tuple[Tensor, ...]:
-        return *self.keys, *self.values
+    def _parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self.keys, self.values
 
 
 class Int8Pool(CodedPool):
     """In 8 bits."""
 
-    code = KEY_CODES["int8"]
+    precision = "int8"
 
 
 class Int4Pool(CodedPool):
     """In 4 bits."""
 
-    code = KEY_CODES["int4"]
+    precision = "int4"
 
 
 POOLS: dict[Precision, type[Pool]] = {"model": Pool, "int8": Int8Pool, "int4": Int4Pool}

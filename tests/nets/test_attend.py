@@ -13,7 +13,8 @@ from layerwise.nets.attend import Attended, HeadNorms, Pages, Places, attend, at
 from layerwise.nets.attention import rotate
 from layerwise.nets.compiled import library
 from layerwise.nets.flow import Flow
-from layerwise.spec import Attention, Rope
+from layerwise.nets.key_codes import KEY_CODES, as_kept
+from layerwise.spec import Attention, Precision, Rope
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler with OpenMP")
 
@@ -32,10 +33,11 @@ class World:
     """Sequences whose blocks lie in no order, and the same keys in one piece."""
 
     def __init__(self, a: Attention, dtype: torch.dtype, kept: torch.dtype | None = None,
-                 rows: list[tuple[int, int]] = ROWS, block: int = BLOCK, shared: int = 0) -> None:
+                 rows: list[tuple[int, int]] = ROWS, block: int = BLOCK, shared: int = 0,
+                 precision: Precision = "model") -> None:
         """Every other sequence that can has its first `shared` blocks from the first that can."""
         draw = torch.Generator().manual_seed(0)
-        self.a, self.dtype, self.block = a, dtype, block
+        self.a, self.dtype, self.block, self.precision = a, dtype, block, precision
         needed = [-(-(past + new) // block) for past, new in rows]
         order = torch.randperm(sum(needed) + 2, generator=draw).tolist()
         self.blocks = [[order.pop() for _ in range(count)] for count in needed]
@@ -43,7 +45,8 @@ class World:
         for index in able[::2]:
             self.blocks[index][:shared] = self.blocks[able[0]][:shared]
         shape = a.kv_heads, (sum(needed) + 2) * block, a.head_dim
-        self.k, self.v = (torch.randn(shape, generator=draw).to(kept or dtype) for _ in range(2))
+        self.k, self.v = (as_kept(torch.randn(shape, generator=draw).to(kept or dtype), precision) for _ in range(2))
+        self.parts = [[x] if precision == "model" else KEY_CODES[precision].encode(x) for x in (self.k, self.v)]
         tokens = sum(new for _, new in rows)
         self.qkv = torch.randn(tokens, (a.heads + 2 * a.kv_heads) * a.head_dim, generator=draw).to(dtype)
         self.places = [place for past, new in rows for place in range(past, past + new)]
@@ -67,7 +70,8 @@ class World:
         a, flow = self.a, Flow(torch.tensor([self.places[tokens]]), dtype=self.dtype)
         rotation = None if a.rope is None else flow.rotation(a.rope, int(a.head_dim * a.rope.part))
         norms = HeadNorms(self.q_norm, self.k_norm, EPS) if a.qk_norm else None
-        return attend(self.qkv[tokens], Pages(Attended(a, self.k, self.v, self.block), places, rotation), norms)
+        attended = Attended(a, *self.parts, self.block, self.precision)
+        return attend(self.qkv[tokens], Pages(attended, places, rotation), norms)
 
     def expected(self, first: int = 0) -> Tensor:
         a = self.a
@@ -81,7 +85,7 @@ class World:
         k, v = self.k.clone(), self.v.clone()
         for token, (row, place) in enumerate(zip(self.row, self.places, strict=True)):
             slot = self.slots(row, place + 1)[-1]
-            k[:, slot], v[:, slot] = k_new[:, token], v_new[:, token]  # rounded to how they are kept
+            k[:, slot], v[:, slot] = (as_kept(x[:, token].to(x.dtype), self.precision) for x in (k_new, v_new))
         out = []
         for token, (row, place) in enumerate(zip(self.row, self.places, strict=True)):
             start = first * self.block if len(self.blocks[row]) > first + 1 else 0
@@ -170,6 +174,32 @@ def test_slots_that_nobody_sees_do_not_matter(a: Attention, dtype: torch.dtype, 
     others = [slot for slot in range(world.k.shape[1]) if slot not in mine]
     world.k[:, others] = world.v[:, others] = float("nan")
     torch.testing.assert_close(world.found().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "precision", "tolerance"), [
+    (torch.float32, "int8", 1e-5), (torch.float32, "int4", 1e-5), (torch.bfloat16, "int8", 2e-2),
+    (torch.bfloat16, "int4", 0.15)])  # the reference rounds keys to bfloat16 first, which may move one of 16 codes
+@pytest.mark.parametrize("kind", [name for name in MANY if name != "not a power of two"])
+def test_keys_and_values_as_codes(kind: str, dtype: torch.dtype, precision: Precision, tolerance: float) -> None:
+    """What is computed from bfloat16 is kept as codes of its float32, without another rounding."""
+    world = World(MANY[kind], dtype, torch.float32, rows=SHARING, block=16, shared=4, precision=precision)
+    expected = world.expected()
+    torch.testing.assert_close(world.found().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("width", [32, 64, 96, 160])
+def test_codes_are_those_of_the_plain_cache(width: int, precision: Precision) -> None:
+    """Also numbers of all sizes, and none."""
+    a = Attention(heads=2, kv_heads=2, head_dim=width, rope=None)
+    world = World(a, torch.float32, rows=[(0, 70)], block=16, precision=precision)
+    world.qkv *= torch.logspace(-14, 6, 70)[:, None]
+    world.qkv[3], world.qkv[5, 2 * width : 3 * width] = 0.0, 7.0
+    slots, (keys, values) = world.slots(0, 70), world.qkv.view(70, 6, width).transpose(0, 1)[2:].split(2)
+    world.found()
+    for parts, new in zip(world.parts, (keys, values), strict=True):
+        for part, right in zip(parts, KEY_CODES[precision].encode(new), strict=True):
+            assert torch.equal(part[:, slots], right)
 
 
 def test_a_sequence_does_not_depend_on_its_mates() -> None:
