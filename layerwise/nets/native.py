@@ -24,6 +24,10 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 """What a gate may do in the compiled functions, and how they are told."""
 
 
+HALVES = {torch.bfloat16: 16, torch.float16: -16}
+"""What dense weights are stored as, and how the compiled functions are told."""
+
+
 class CMatrix(ctypes.Structure):
     """`Matrix` of `native.h`."""
 

@@ -21,11 +21,8 @@ from layerwise.nets.decoder import Block
 from layerwise.nets.dense import SLOW
 from layerwise.nets.direct import FEW_ROWS, Direct
 from layerwise.nets.feed_forward import Experts, FeedForward
-from layerwise.nets.native import CMatrix
+from layerwise.nets.native import HALVES, CMatrix
 from layerwise.nets.norms import RMSNorm
-
-HALVES = {torch.bfloat16: 16, torch.float16: -16}
-"""What weights are stored as, and how the compiled functions are told."""
 
 
 class HalfLinear(Direct):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise.nets import dense
 from layerwise.nets.dense import Dense, linear
@@ -29,10 +30,12 @@ def numbers(*shape: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("rows", [1, MANY - 1, MANY, 33])
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_result_is_the_exact_one_rounded_once(half: torch.dtype, rows: int, biased: bool) -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_result_is_the_exact_one_rounded_once(half: torch.dtype, rows: int, biased: bool, inference: bool) -> None:
     x_NI, weight_OI = numbers(rows, 16, dtype=half), numbers(7, 16, dtype=half)
     bias_O = numbers(7, dtype=half) if biased else None
-    found = linear(x_NI, weight_OI, bias_O)
+    with torch.inference_mode(inference):
+        found = linear(x_NI, weight_OI, bias_O)
     exact = F.linear(x_NI.double(), weight_OI.double(), None if bias_O is None else bias_O.double())
     assert found.dtype == half and found.shape == (rows, 7)
     one_step = torch.finfo(half).eps * exact.abs().clamp(min=1)
@@ -63,6 +66,17 @@ def test_gradients_reach_everything(half: torch.dtype) -> None:
     for ours, theirs in ((x_NI, x32_NI), (layer.weight, expected.weight), (layer.bias, expected.bias)):
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=0.02, atol=0.05)
+
+
+@torch.inference_mode()
+def test_what_watches_products_sees_them(half: torch.dtype) -> None:
+    x_BNI, weight_OI = numbers(3, MANY, 16, dtype=half), numbers(9, 16, dtype=half)
+    with FlopCounterMode(display=False) as counter:
+        plain = linear(x_BNI, weight_OI)
+    assert counter.get_total_flops() == 2 * 3 * MANY * 16 * 9
+    mapped = torch.func.vmap(lambda x_NI: linear(x_NI, weight_OI))(x_BNI)
+    for found in (mapped, linear(x_BNI, weight_OI), linear(x_BNI, weight_OI.T.contiguous().T)):
+        torch.testing.assert_close(found.float(), plain.float(), rtol=0.01, atol=0.01)
 
 
 def test_full_precision_is_left_alone(half: torch.dtype) -> None:
