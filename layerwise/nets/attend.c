@@ -1,188 +1,330 @@
-/* Attention of few new tokens of many sequences whose keys and values lie in blocks of slots.
+/* Attention straight from blocks of slots for any number of tokens, computed in float32 unless there is a faster way.
 
-   Queries and keys are normed head by head where there are norms, and rotated, new keys and values go to their slots,
-   and every head of every token attends to the slots that it sees, wherever their blocks lie: nothing is gathered.
-   Softmax and sums are in float32. */
+   Queries and keys are normed head by head where there are norms, and rotated, and new keys and values go to their slots.
+   A group is tokens whose sequences begin with the same blocks, with the heads that read the same keys (`groups.h`). Its
+   queries are the rows of two products with panels: keys, widened and turned over, of COLUMNS slots at a time, then values
+   as they lie. Keys and values may be kept as codes (`nets/key_codes.py`). Softmax goes along with the spans of slots. What
+   a token gets does not depend on its group. */
 
-#include "native.h"
+#include "groups.h"
+#include "wide.h"
 
 #include <omp.h>
 
-/* Heads that read a key together, channels of values summed at a time, and how many slots
-   ahead keys and values are fetched. */
-enum { HEADS_AT_ONCE = 4, CUT = 4 * MANY, AHEAD = 16 };
+enum { QUERIES = 96 }; /* of a group at most */
 
-/* The slots that a token's heads see of the keys of one head, and room for as many logits of every head. */
+/* Tokens from `first` on in the order, and the heads from `head` on that read `kv_head`. */
 typedef struct {
-    const Shape *shape;
+    int64_t first, tokens, kv_head, head, heads;
+} Group;
+
+/* What one thread works in. */
+typedef struct {
+    float *queries;        /* [QUERIES, width] */
+    float *logits;         /* [QUERIES, SPAN] */
+    float *values, *out;   /* [SPAN, whole] and [QUERIES, whole]; `whole` is the width in whole panels, zero beyond it */
+    float *widened, *keys; /* [COLUMNS, width], and the same turned over */
+    float most[QUERIES], sum[QUERIES];
+    Sight sights[QUERIES];
+} Room;
+
+/* Numbers that share a step in 4 bits. */
+INLINE int64_t group_of(int64_t width) { return (width & -width) < 32 ? width & -width : 32; }
+
+/* Puts the numbers of a head into slot `slot`, counted over all heads. */
+static void keep(void *pool, int64_t slot, const float *x, int64_t width, int kept) {
+    const Codes *coded = pool;
+    if (kept < KEPT_INT8) {
+        for (int64_t i = 0; i < width; i += MANY) put_many(pool, slot * width + i, load_many(x + i), kept);
+    } else if (kept == KEPT_INT8) {
+        float most = 0;
+        for (int64_t i = 0; i < width; i++) most = fabsf(x[i]) > most || x[i] != x[i] ? fabsf(x[i]) : most;
+        const float scale = (most < 1e-12f ? 1e-12f : most) / 127;
+        for (int64_t i = 0; i < width; i++) coded->codes[slot * width + i] = (uint8_t)(int8_t)nearbyintf(x[i] / scale);
+        ((float *)coded->scale)[slot] = scale;
+    } else {
+        const int64_t group = group_of(width), groups = width / group;
+        uint8_t codes[WIDEST];
+        for (int64_t g = 0; g < groups; g++) {
+            const float *some = x + g * group;
+            float low = some[0], high = some[0];
+            for (int64_t i = 1; i < group; i++) {
+                low = some[i] < low || some[i] != some[i] ? some[i] : low;
+                high = some[i] > high ? some[i] : high;
+            }
+            const bf16 least = narrowed(low);
+            const float size = (high - widened(least)) / 15;
+            const bf16 step = narrowed(size < 1e-12f ? 1e-12f : size);
+            for (int64_t i = 0; i < group; i++) {
+                const float code = nearbyintf((some[i] - widened(least)) / widened(step));
+                codes[g * group + i] = code > 0 ? code < 15 ? (uint8_t)code : 15 : 0;
+            }
+            ((bf16 *)coded->scale)[slot * groups + g] = least, coded->step[slot * groups + g] = step;
+        }
+        for (int64_t i = 0; i < width / 2; i++)
+            coded->codes[slot * (width / 2) + i] = codes[i] | (uint8_t)(codes[i + width / 2] << 4);
+    }
+}
+
+/* The numbers of slot `slot`, counted over all heads, as float32. */
+INLINE void read_kept(const void *pool, int64_t slot, float *to, int64_t width, int kept) {
+    const Codes *coded = pool;
+    if (kept < KEPT_INT8) {
+        for (int64_t i = 0; i < width; i += MANY) put_many(to, i, get_many(pool, slot * width + i, kept), 0);
+    } else if (kept == KEPT_INT8) {
+        const int8_t *codes = (const int8_t *)coded->codes + slot * width;
+        const float scale = ((const float *)coded->scale)[slot];
+        for (int64_t i = 0; i < width; i++) to[i] = (float)codes[i] * scale;
+    } else {
+        const int64_t group = group_of(width), groups = width / group, middle = width / 2;
+        const uint8_t *codes = coded->codes + slot * middle;
+        for (int64_t i = 0; i < middle; i++) to[i] = (float)(codes[i] & 15), to[i + middle] = (float)(codes[i] >> 4);
+        for (int64_t g = 0; g < groups; g++) {
+            const float low = widened(((const bf16 *)coded->scale)[slot * groups + g]);
+            const float step = widened(coded->step[slot * groups + g]);
+            for (int64_t i = g * group; i < (g + 1) * group; i++) to[i] = low + to[i] * step;
+        }
+    }
+}
+
+/* The queries of a token normed, turned and scaled, its keys normed and turned and to their slots with the values. */
+static void enter(const Shape *a, const Places *p, const HeadNorms *norms, int64_t token, const void *qkv,
+                  const void *cos, const void *sin, float *q, void *k, void *v, int half, int kept) {
+    const int64_t width = a->width, all = a->heads + 2 * a->kv_heads;
+    const float eps = norms ? norms->eps : 0;
+    float numbers[WIDEST];
+    for (int64_t h = 0; h < a->heads; h++) {
+        float *to = q + (token * a->heads + h) * width;
+        turn(a, qkv, (token * all + h) * width, norms ? norms->q : NULL, eps, cos, sin, token, to, half);
+        for (int64_t i = 0; i < width; i++) to[i] *= a->scale;
+    }
+    for (int64_t h = 0; h < a->kv_heads; h++) {
+        const int64_t from = (token * all + a->heads + h) * width, slot = h * a->slots + p->slot[token];
+        turn(a, qkv, from, norms ? norms->k : NULL, eps, cos, sin, token, numbers, half);
+        keep(k, slot, numbers, width, kept);
+        for (int64_t i = 0; i < width; i += MANY)
+            put_many(numbers, i, get_many(qkv, from + a->kv_heads * width + i, half), 0);
+        keep(v, slot, numbers, width, kept);
+    }
+}
+
+/* The slots of a span, from `from` to the one before `to`, that some tokens of a group see. */
+typedef struct {
     const int64_t *table;
-    int64_t kv_head, start, end, room;
-    float *logits;
-} Seen;
+    int64_t kv_head, span, from, to;
+} Slots;
 
-/* How many slots from `s` on lie one behind the other, at most those seen, and where in the pool the first one lies. */
-INLINE int64_t run_of(const Seen *seen, int64_t s, int64_t width, int64_t *at) {
-    const Shape *a = seen->shape;
-    const int64_t in = s % a->block, left = a->block - in;
-    *at = (seen->kv_head * a->slots + seen->table[s / a->block] * a->block + in) * width;
-    return left < seen->end - s ? left : seen->end - s;
+/* Where in the pool a slot is, counted over all heads. */
+INLINE int64_t place_of(const Shape *a, const Slots *seen, int64_t slot) {
+    return seen->kv_head * a->slots + seen->table[slot / a->block] * a->block + slot % a->block;
 }
 
-/* What the numbers of each of MANY vectors sum up to. */
-INLINE many sums_of(const many x[MANY]) {
-#ifdef __AVX__
-    __m256 pairs[MANY / 2], fours[2];
-    for (int i = 0; i < MANY / 2; i++) pairs[i] = _mm256_hadd_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
-    for (int i = 0; i < 2; i++) fours[i] = _mm256_hadd_ps(pairs[2 * i], pairs[2 * i + 1]);
-    return (many)_mm256_permute2f128_ps(fours[0], fours[1], 0x20) +
-           (many)_mm256_permute2f128_ps(fours[0], fours[1], 0x31);
-#else
-    many sums;
-    for (int i = 0; i < MANY; i++) sums[i] = sum_of_many(x[i]);
-    return sums;
-#endif
+INLINE int64_t whole(int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
+/* Numbers of slots as float32, a row each, `apart`; those that are not seen are zero. */
+INLINE void widen(const Shape *a, const Slots *seen, int64_t slot, int64_t count, const void *from, float *to,
+                  int64_t apart, int64_t width, int kept) {
+    for (int64_t j = slot; j < slot + count; j++, to += apart) {
+        if (j < seen->from || j >= seen->to) memset(to, 0, width * sizeof *to);
+        else read_kept(from, place_of(a, seen, j), to, width, kept);
+    }
 }
 
-/* The logits of `count` heads. */
-INLINE void logits_of(const Seen *seen, const float *q, const void *k, int count, int64_t width, int kept) {
-    for (int64_t s = seen->start, some, at; s < seen->end; s += some) {
-        some = run_of(seen, s, width, &at);
-        some = some < MANY ? some : MANY;
-        for (int h = 0; h < count; h++) {
-            many sum[MANY] = {{0}};
-            for (int64_t j = 0; j < some; j++) {
-                many one = {0};
-                for (int64_t i = 0; i < width; i += MANY) {
-                    if (h == 0) fetch(k, at + (j + AHEAD) * width + i, kept);
-                    one = plus_product(one, load_many(q + h * width + i), get_many(k, at + j * width + i, kept));
-                }
-                sum[j] = one;
-            }
-            const many found = sums_of(sum) * seen->shape->scale;
-            memcpy(seen->logits + h * seen->room + s - seen->start, &found, some * sizeof(float));
+/* The keys of COLUMNS slots from `slot` on, turned over; those of slots that are not seen are any. */
+INLINE void turn_keys(const Shape *a, const Slots *seen, int64_t slot, const void *k, Room *room, int64_t width, int kept) {
+    if (kept != KEPT_BFLOAT16) {
+        widen(a, seen, slot, COLUMNS, k, room->widened, width, width, kept);
+        for (int64_t i = 0; i < width; i += MANY)
+            for (int64_t j = 0; j < COLUMNS; j += MANY)
+                turn_over(room->widened + j * width + i, width, room->keys + i * COLUMNS + j);
+        return;
+    }
+    for (int64_t j = 0; j < COLUMNS; j += SIXTEEN) {
+        const bf16 *rows[SIXTEEN];
+        for (int64_t n = 0; n < SIXTEEN; n++) {
+            const int64_t s = slot + j + n, there = s < seen->from ? seen->from : s < seen->to ? s : seen->to - 1;
+            rows[n] = (const bf16 *)k + place_of(a, seen, there) * width;
+        }
+        for (int64_t i = 0; i < width; i += MANY) widen_over(rows, i, room->keys + i * COLUMNS + j);
+    }
+}
+
+/* Keys and values of the slots of the next span, as far as there is one, on their way into the cache. */
+INLINE void fetch_next(const Shape *a, const Slots *seen, int64_t end, const void *k, const void *v, int64_t width,
+                       int kept) {
+    if (kept >= KEPT_INT8) k = ((const Codes *)k)->codes, v = ((const Codes *)v)->codes;
+    const int64_t bits = kept == KEPT_FLOAT32 ? 32 : kept == KEPT_BFLOAT16 ? 16 : kept == KEPT_INT8 ? 8 : 4;
+    const int64_t size = width * bits / 8;
+    for (int64_t j = seen->span + SPAN; j < seen->span + 2 * SPAN && j < end; j++) {
+        const int64_t at = place_of(a, seen, j) * size;
+        for (int64_t i = 0; i < size; i += LINE)
+            __builtin_prefetch((const char *)k + at + i), __builtin_prefetch((const char *)v + at + i);
+    }
+}
+
+/* Logits of `count` queries from query `m` on with the keys of COLUMNS slots. */
+INLINE void logits_of(Room *room, int64_t m, int count, int64_t column, int64_t width) {
+    wide sum[ROWS_OF_SUMS][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++) sum[r][0] = sum[r][1] = (wide){0};
+    add_panel(room->queries + m * width, width, room->keys, COLUMNS, width, count, 0, sum);
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++) {
+        store_wide(room->logits + (m + r) * SPAN + column, sum[r][0]);
+        store_wide(room->logits + (m + r) * SPAN + column + WIDE, sum[r][1]);
+    }
+}
+
+/* What `count` queries from query `m` on read of COLUMNS channels, of slots `low` to the one before `high` of a span. */
+INLINE void values_of(Room *room, int64_t m, int count, int64_t channel, int64_t low, int64_t high, int64_t width) {
+    wide sum[ROWS_OF_SUMS][2];
+    const int64_t apart = whole(width);
+    float *out = room->out + m * apart + channel;
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++) sum[r][0] = load_wide(out + r * apart), sum[r][1] = load_wide(out + r * apart + WIDE);
+    add_panel(room->logits + m * SPAN + low, SPAN, room->values + low * apart + channel, apart, high - low, count, 0,
+              sum);
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++) store_wide(out + r * apart, sum[r][0]), store_wide(out + r * apart + WIDE, sum[r][1]);
+}
+
+INLINE many larger(many a, many b) {
+    const many_ints more = a > b;
+    return (many)(((many_ints)a & more) | ((many_ints)b & ~more));
+}
+
+/* Logits of one query become weights; what it has of spans before is scaled to the same largest logit. */
+static void weigh(const Sight *seen, int64_t span, float softcap, float *logits, float *most, float *sum, float *out,
+                  int64_t width) {
+    if (softcap != 0)
+        for (int64_t j = 0; j < SPAN; j++) logits[j] = softcap * tanhf(logits[j] / softcap);
+    for (int64_t j = 0; j < seen->from - span; j++) logits[j] = HIDDEN;
+    for (int64_t j = seen->to - span; j < SPAN; j++) logits[j] = HIDDEN;
+    many highest = load_many(logits), total = {0};
+    for (int64_t j = MANY; j < SPAN; j += MANY) highest = larger(highest, load_many(logits + j));
+    float here = highest[0];
+    for (int i = 1; i < MANY; i++) here = highest[i] > here ? highest[i] : here;
+    if (here > *most) {
+        const float scale = expf(*most - here);
+        *most = here, *sum *= scale;
+        for (int64_t i = 0; i < width; i += MANY) put_many(out, i, load_many(out + i) * scale, 0);
+    }
+    for (int64_t j = 0; j < SPAN; j += MANY) {
+        const many weight = exp_of(load_many(logits + j) - *most);
+        put_many(logits, j, weight, 0);
+        total += weight;
+    }
+    *sum += sum_of_many(total);
+}
+
+/* Tokens from `first` to the one before `stop` of a group see slots of a span, in the same blocks. */
+INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, int64_t first, int64_t stop,
+                    const void *k, const void *v, int64_t width, int kept) {
+    int64_t start = INT64_MAX, end = 0;
+    for (int64_t t = first; t < stop; t++) {
+        start = room->sights[t].from < start ? room->sights[t].from : start;
+        end = room->sights[t].to > end ? room->sights[t].to : end;
+    }
+    const int64_t from = start < span ? span : start, to = end > span + SPAN ? span + SPAN : end;
+    if (from >= to) return;
+    const Slots seen = {room->sights[first].table, g->kv_head, span, from, to};
+    const int64_t low = (from - span) / COLUMNS * COLUMNS, high = to - span, after = stop * g->heads;
+    fetch_next(a, &seen, room->sights[first].to, k, v, width, kept);
+    for (int64_t column = low, some; column < high; column += COLUMNS) {
+        turn_keys(a, &seen, span + column, k, room, width, kept);
+        for (int64_t m = first * g->heads; m < after; m += some) {
+            some = rows_at_once(after - m);
+#define TAKE(n) logits_of(room, m, n, column, width)
+            WITH_ROWS(some, TAKE)
+#undef TAKE
         }
     }
+    widen(a, &seen, span, SPAN, v, room->values, whole(width), width, kept);
+    for (int64_t t = first; t < stop; t++)
+        for (int64_t m = t * g->heads; m < (t + 1) * g->heads; m++) {
+            Sight sight = room->sights[t];
+            sight.from = sight.from > from ? sight.from : from, sight.to = sight.to < to ? sight.to : to;
+            sight.from = sight.from < to ? sight.from : to, sight.to = sight.to > span ? sight.to : span;
+            weigh(&sight, span, a->softcap, room->logits + m * SPAN, room->most + m, room->sum + m,
+                  room->out + m * whole(width), width);
+        }
+    for (int64_t channel = 0; channel < width; channel += COLUMNS)
+        for (int64_t m = first * g->heads, some; m < after; m += some) {
+            some = rows_at_once(after - m);
+#define TAKE(n) values_of(room, m, n, channel, from - span, high, width)
+            WITH_ROWS(some, TAKE)
+#undef TAKE
+        }
 }
 
-/* The logits of one head to weights; gives what they sum up to. There is room for whole vectors. */
-static float weights_of(float *logits, int64_t slots, float softcap) {
-    float most = -INFINITY;
-    for (int64_t j = 0; j < slots; j++) {
-        if (softcap != 0) logits[j] = softcap * tanhf(logits[j] / softcap);
-        most = logits[j] > most ? logits[j] : most;
+INLINE void group_in(const Shape *a, const Places *p, const Group *g, const float *q, const void *k, const void *v,
+                     void *out, Room *room, int64_t width, int half, int kept) {
+    int64_t start = INT64_MAX, end = 0;
+    for (int64_t t = 0; t < g->tokens; t++) {
+        const Sight seen = room->sights[t] = sight_of(a, p, p->order[g->first + t]);
+        start = seen.from < start ? seen.from : start, end = seen.to > end ? seen.to : end;
+        memcpy(room->queries + t * g->heads * width, q + (seen.token * a->heads + g->head) * width,
+               g->heads * width * sizeof *q);
     }
-    for (int64_t j = slots; j % MANY; j++) logits[j] = -INFINITY;
-    many sum = {0};
-    for (int64_t j = 0; j < slots; j += MANY) {
-        const many weight = exp_of(load_many(logits + j) - most);
-        memcpy(logits + j, &weight, sizeof weight);
-        sum += weight;
-    }
-    return sum_of_many(sum);
-}
-
-/* What `count` heads read of the channels from `first` on, `vectors` times MANY of them. */
-INLINE void values_of(const Seen *seen, const void *v, int count, int64_t first, int vectors,
-                      many sum[HEADS_AT_ONCE][CUT / MANY], int64_t width, int kept) {
-    for (int64_t s = seen->start, some, at; s < seen->end; s += some) {
-        some = run_of(seen, s, width, &at);
-        at += first;
-        const float *weights = seen->logits + s - seen->start;
-        for (int64_t j = 0; j < some; j++, at += width)
-#pragma GCC unroll 4
-            for (int i = 0; i < vectors; i++) {
-                fetch(v, at + AHEAD * width + i * MANY, kept);
-                const many value = get_many(v, at + i * MANY, kept);
-#pragma GCC unroll 4
-                for (int h = 0; h < count; h++)
-                    sum[h][i] = plus_product(sum[h][i], (many){0} + weights[h * seen->room + j], value);
-            }
-    }
-}
-
-/* `count` heads of one token that read the same keys. */
-INLINE void heads_of(const Seen *seen, const float *q, const void *k, const void *v, int count, void *out,
-                     int64_t out_at, int64_t width, int half, int kept) {
-    float total[HEADS_AT_ONCE];
-    logits_of(seen, q, k, count, width, kept);
-    for (int h = 0; h < count; h++)
-        total[h] = weights_of(seen->logits + h * seen->room, seen->end - seen->start, seen->shape->softcap);
-    for (int64_t first = 0; first < width; first += CUT) {
-        many sum[HEADS_AT_ONCE][CUT / MANY] = {{{0}}};
-        const int vectors = width - first < CUT ? (int)(width - first) / MANY : CUT / MANY;
-        if (vectors == CUT / MANY) values_of(seen, v, count, first, CUT / MANY, sum, width, kept);
-        else values_of(seen, v, count, first, vectors, sum, width, kept);
-        for (int h = 0; h < count; h++)
-            for (int i = 0; i < vectors * MANY; i++)
-                put(out, out_at + h * width + first + i, sum[h][i / MANY][i % MANY] / total[h], half);
+    for (int64_t m = 0; m < g->tokens * g->heads; m++) room->most[m] = LOWEST, room->sum[m] = 0;
+    memset(room->out, 0, g->tokens * g->heads * whole(width) * sizeof *room->out);
+    for (int64_t span = start / SPAN * SPAN; span < end; span += SPAN)
+        for (int64_t first = 0, stop; first < g->tokens; first = stop) {
+            const Sight *one = room->sights + first;
+            for (stop = first + 1; stop < g->tokens && alike(one, room->sights + stop, span, a->block);) stop++;
+            span_of(a, g, room, span, first, stop, k, v, width, kept);
+        }
+    for (int64_t m = 0; m < g->tokens * g->heads; m++) {
+        const int64_t to = (room->sights[m / g->heads].token * a->heads + g->head + m % g->heads) * width;
+        for (int64_t i = 0; i < width; i += MANY)
+            put_many(out, to + i, load_many(room->out + m * whole(width) + i) / room->sum[m], half);
     }
 }
 
-/* The same; `count` is a constant where it is used. */
-INLINE void some_heads(const Seen *seen, const float *q, const void *k, const void *v, int count, void *out,
-                       int64_t out_at, int64_t width, int half, int kept) {
-    if (count == 1) heads_of(seen, q, k, v, 1, out, out_at, width, half, kept);
-    else if (count == 2) heads_of(seen, q, k, v, 2, out, out_at, width, half, kept);
-    else if (count == 3) heads_of(seen, q, k, v, 3, out, out_at, width, half, kept);
-    else heads_of(seen, q, k, v, HEADS_AT_ONCE, out, out_at, width, half, kept);
-}
-
-/* What a token sees with the heads that read `kv_head`. */
-INLINE Seen seen_by(const Shape *a, const Places *p, int64_t token, int64_t kv_head, int64_t room, float *logits) {
-    const int64_t row = p->row[token], end = p->place[token] + 1, kept = p->first[row] * a->block;
-    const int64_t start = a->window && end - a->window > kept ? end - a->window : kept;
-    return (Seen){a, p->table + row * p->columns - p->first[row], kv_head, start, end, room, logits};
-}
-
-INLINE int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
-                     const void *cos, const void *sin, void *k, void *v, void *out, int half, int kept,
-                     int threads) {
-    const int64_t width = a->width, all = a->heads + 2 * a->kv_heads, group = a->heads / a->kv_heads;
-    int64_t longest = 0;
-    for (int64_t t = 0; t < tokens; t++) longest = p->place[t] >= longest ? p->place[t] + 1 : longest;
-    const int64_t queries = tokens * a->heads * width, room = (longest + MANY - 1) / MANY * MANY;
-    float *q = malloc((queries + threads * HEADS_AT_ONCE * room) * sizeof *q), turned[WIDEST];
-    const float *q_norm = norms ? norms->q : NULL, *k_norm = norms ? norms->k : NULL, eps = norms ? norms->eps : 0;
-    if (!q) return 1;
-    for (int64_t t = 0; t < tokens; t++) {
-        for (int64_t h = 0; h < a->heads; h++)
-            turn(a, qkv, (t * all + h) * width, q_norm, eps, cos, sin, t, q + (t * a->heads + h) * width, half);
-        for (int64_t h = 0; h < a->kv_heads; h++) {
-            const int64_t to = (h * a->slots + p->slot[t]) * width, from = (t * all + a->heads + h) * width;
-            turn(a, qkv, from, k_norm, eps, cos, sin, t, turned, half);
-            for (int64_t i = 0; i < width; i++) {
-                put(k, to + i, turned[i], kept);
-                put(v, to + i, get(qkv, from + a->kv_heads * width + i, half), kept);
-            }
+static int in_float32(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
+                      const void *cos, const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
+    const int64_t width = a->width, group = a->heads / a->kv_heads, heads = group < QUERIES ? group : QUERIES;
+    const int64_t most = QUERIES / heads, parts = (group + heads - 1) / heads;
+    const size_t queries = lines(tokens * a->heads * width * sizeof(float)), head = lines(sizeof(Room));
+    const size_t parts_of_values = (QUERIES + SPAN) * whole(width), of_width = (QUERIES + 2 * COLUMNS) * width;
+    const size_t own = head + lines((parts_of_values + of_width + QUERIES * SPAN) * sizeof(float));
+    char *memory = aligned_alloc(LINE, lines(queries + threads * own + tokens * sizeof(int64_t)));
+    if (!memory) return 1;
+    float *q = (float *)memory;
+    int64_t *from = (int64_t *)(memory + queries + threads * own), count = 0;
+    for (int64_t t = 0; t < tokens; t += grouped(a, p, t, tokens, most)) from[count++] = t;
+#pragma omp parallel num_threads(threads)
+    {
+        char *mine = memory + queries + omp_get_thread_num() * own;
+        Room *room = (Room *)mine;
+        room->out = (float *)(mine + head), room->values = room->out + QUERIES * whole(width);
+        room->queries = room->values + SPAN * whole(width), room->widened = room->queries + QUERIES * width;
+        room->keys = room->widened + COLUMNS * width, room->logits = room->keys + COLUMNS * width;
+        memset(room->values, 0, SPAN * whole(width) * sizeof *room->values);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) enter(a, p, norms, t, qkv, cos, sin, q, k, v, half, kept);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count * parts * a->kv_heads; i++) {
+            const int64_t first = from[i % count], kv_head = i / count / parts, at = i / count % parts * heads;
+            const Group g = {first, grouped(a, p, first, tokens, most), kv_head, kv_head * group + at,
+                             group - at < heads ? group - at : heads};
+            if (width == 64 && kept == KEPT_BFLOAT16) group_in(a, p, &g, q, k, v, out, room, 64, half, KEPT_BFLOAT16);
+            else if (kept == KEPT_INT8) group_in(a, p, &g, q, k, v, out, room, width, half, KEPT_INT8);
+            else if (kept == KEPT_INT4) group_in(a, p, &g, q, k, v, out, room, width, half, KEPT_INT4);
+            else group_in(a, p, &g, q, k, v, out, room, width, half, kept);
         }
     }
-    const int64_t parts = (group + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE, of_token = a->kv_heads * parts;
-    /* A head of all tokens before the next head: sequences with a common prefix share its slots. */
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < tokens * of_token; i++) {
-        float *logits = q + queries + omp_get_thread_num() * HEADS_AT_ONCE * room;
-        const int64_t token = i % tokens, part = i / tokens;
-        const int64_t kv_head = part / parts, first = part % parts * HEADS_AT_ONCE;
-        const int64_t at = (token * a->heads + kv_head * group + first) * width;
-        const int count = group - first < HEADS_AT_ONCE ? (int)(group - first) : HEADS_AT_ONCE;
-        const Seen seen = seen_by(a, p, token, kv_head, room, logits);
-        if (width == 64) some_heads(&seen, q + at, k, v, count, out, at, 64, half, kept);
-        else some_heads(&seen, q + at, k, v, count, out, at, width, half, kept);
-    }
-    free(q);
+    free(memory);
     return 0;
 }
 
-/* qkv [tokens, heads + 2 kv_heads, width], where width is a multiple of 8, of codes one of COLUMNS, and at most 512; cos, sin [tokens, turning];
-   k, v as `kept` says, never float32 where all else is bfloat16; out [tokens, heads, width].
-   Gives 0, or 1 where memory ran out. */
+/* qkv [tokens, heads + 2 kv_heads, width], where width is a multiple of 8 and at most 512; cos, sin [tokens, turning];
+   k, v as `kept` says, never float32 where all else is bfloat16; out [tokens, heads, width]. Gives 0, or 1 where memory
+   ran out. */
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
-    if (kept >= KEPT_INT8) return panel_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, half, kept, threads);
-    if (half && unit_attends(a)) return unit_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
-    if (half && tiles(a)) return attend_tiles(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
-    if (panel_attends(a)) return panel_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, half, kept, threads);
-    if (half) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 1, 1, threads);
-    if (kept) return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 1, threads);
-    return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, 0, 0, threads);
+    const int plain = half && kept == KEPT_BFLOAT16;
+    if (plain && unit_attends(a)) return unit_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
+    if (plain && tiles(a)) return attend_tiles(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
+    return in_float32(a, p, norms, tokens, qkv, cos, sin, k, v, out, half, kept, threads);
 }

@@ -1,8 +1,7 @@
 """Attention straight from blocks of slots, in one call: norms and rotation, writing to the pools, softmax.
 
-In bfloat16 for processors that have a matrix unit (`unit_attend.c`) or multiply pairs of it (`tiles.c`), else in
-float32 (`panel_attend.c`), from keys and values as numbers or as codes; heads of a width that these cannot take go by
-`attend.c`, for few tokens.
+In bfloat16 by a matrix unit (`unit_attend.c`) or pair by pair (`tiles.c`) where the processor and the heads allow it,
+else in float32 (`attend.c`), from keys and values as numbers or as codes.
 
 Shapes: N tokens, R sequences, M blocks of the longest, H query heads, K key heads, S slots of a pool, D head width.
 """
@@ -70,8 +69,7 @@ class Attended:
     """The pools of one layer in blocks of `block` slots, and how new tokens attend to them.
 
     `keys` and `values` are one tensor each, [K, S, D], or the parts of codes of that `precision` (see `KeyCode`).
-    Beside tokens in float32 numbers may be bfloat16. `many` names the dtypes of which one call is the fastest for many
-    tokens as well; codes can be read for these only.
+    Beside tokens in float32 numbers may be bfloat16.
     """
 
     def __init__(self, a: Attention, keys: Sequence[Tensor], values: Sequence[Tensor], block: int,
@@ -80,11 +78,6 @@ class Attended:
         self._struct = _Shape(a.heads, a.kv_heads, a.head_dim, turning, keys[0].shape[1], block, a.window or 0,
                               a.head_dim**-0.5 if a.scale is None else a.scale, a.softcap or 0.0)
         self.address = ctypes.addressof(self._struct)
-        found = library()
-        assert found is not None
-        panels, tiles = bool(found.panel_attends(self.address)), bool(found.tiles(self.address))
-        able = {torch.float32: panels, torch.bfloat16: panels or (tiles and precision == "model")}
-        self.many = frozenset(dtype for dtype, can in able.items() if can)
         codes = [_Codes(*(part.data_ptr() for part in parts)) for parts in (keys, values)]
         self._kept = keys, values, codes
         plain = precision == "model"

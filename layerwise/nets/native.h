@@ -202,9 +202,6 @@ void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, f
 void gate_times(const void *x, int64_t rows, int64_t width, void *y, int activation, int half, int threads);
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads);
-int panel_attends(const Shape *a);
-int panel_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
-                 const void *cos, const void *sin, void *k, void *v, void *out, int half, int kept, int threads);
 int unit_attends(const Shape *a);
 int unit_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const bf16 *qkv,
                 const void *cos, const void *sin, bf16 *k, bf16 *v, bf16 *out, int threads);

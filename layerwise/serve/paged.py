@@ -228,18 +228,13 @@ class PagedFlow(Flow):
             return None
         assert entry.group is not None
         attended = pool.attended(a)
-        if attended is None or not (self._few or dtype in attended.many):
+        if attended is None:
             return None
         places = self._places.get(entry.group)
         if places is None:
             places = self._places[entry.group] = self._placed(entry.group)
         rotation = None if a.rope is None else self.rotation(a.rope, int(a.head_dim * a.rope.part))
         return Pages(attended, places, rotation)
-
-    @cached_property
-    def _few(self) -> bool:
-        """Whether no row has so many new tokens that products of matrices are faster."""
-        return all(row.size <= FEW for row in self.rows)
 
     def _placed(self, group: int) -> Places:
         views, slots_N = self._group(group)

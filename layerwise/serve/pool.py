@@ -37,9 +37,8 @@ class Pool:
         """The pool as the compiled attention sees it, made once; None where that cannot do `a`."""
         if self._attended is None or self._attended[0] is not a:
             keys, values = self._parts()
-            known = attends(a, self.dtype if self.precision != "model" else keys[0].dtype, keys[0].device)
-            found = Attended(a, keys, values, self.block, self.precision) if known else None
-            self._attended = a, found if found is None or found.many or self.precision == "model" else None
+            known = attends(a, keys[0].dtype if self.precision == "model" else self.dtype, keys[0].device)
+            self._attended = a, Attended(a, keys, values, self.block, self.precision) if known else None
         return self._attended[1]
 
     def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> Pair | None:

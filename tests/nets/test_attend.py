@@ -120,7 +120,8 @@ LARGE = replace(PLAIN, head_dim=64)
 PROMPTS = [(0, 70), (33, 1), (5, 37), (128, 2)]
 MANY = {
     "plain": LARGE, "window": replace(LARGE, window=20), "narrow heads": replace(PLAIN, head_dim=32),
-    "not a power of two": replace(PLAIN, head_dim=96), "half rotated": replace(LARGE, rope=Rope(part=0.5)),
+    "not a power of two": replace(PLAIN, head_dim=96), "no whole panel": replace(PLAIN, head_dim=40),
+    "half rotated": replace(LARGE, rope=Rope(part=0.5)),
     "norms of heads": replace(LARGE, qk_norm=True), "soft cap": replace(LARGE, softcap=3.0),
     "more heads than a tile has": replace(LARGE, heads=50, kv_heads=1), "a key head each": replace(LARGE, kv_heads=6),
     "wide heads": replace(PLAIN, head_dim=128)}
@@ -188,7 +189,7 @@ def test_keys_and_values_as_codes(kind: str, dtype: torch.dtype, precision: Prec
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("width", [32, 64, 96, 160])
+@pytest.mark.parametrize("width", [8, 24, 32, 64, 96, 160])
 def test_codes_are_those_of_the_plain_cache(width: int, precision: Precision) -> None:
     """Also numbers of all sizes, and none."""
     a = Attention(heads=2, kv_heads=2, head_dim=width, rope=None)
