@@ -13,11 +13,12 @@ from layerwise.errors import BadPlan
 from layerwise.export import EXPORTS
 from layerwise.measure.engine import measure
 from layerwise.measure.response import CACHES, Response
+from layerwise.nets.compiled import library
 from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
 from layerwise.report.decide import Decide, asked
 from layerwise.report.layers import kept_layers, layer_changes
 from layerwise.serve.engine import Engine
-from layerwise.serve.pool import Int4Pool, Int8Pool
+from layerwise.serve.pool import Int4Pool, Int8Pool, Pool
 from layerwise.serve.table import layer_table
 from layerwise.spec import Attention, FeedForward, LayerSpec, StackSpec
 from layerwise.stack.decoder import DecoderStack
@@ -58,6 +59,9 @@ def test_what_is_saved_serves_as_planned(slim: DecoderStack, tmp_path: Path) -> 
     assert isinstance(again, DecoderStack) and again.spec == slim.spec
     engine = Engine(again, cache_tokens=2048, block=3, step_tokens=7)
     assert {type(pool) for pool in engine.runner.pools} == {Int8Pool, Int4Pool}
+    for pool, row in zip(engine.runner.pools, again.spec.rows, strict=True):
+        assert isinstance(pool, Pool) and isinstance(row.mixer, Attention)
+        assert (pool.attended(row.mixer) is not None) == (library() is not None)  # read where they lie
     assert sum(group.token_bytes for group in engine.table.groups) == slim.spec.cache_bytes()
     check_served(engine, slim)
 
