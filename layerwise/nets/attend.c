@@ -220,12 +220,8 @@ static void weigh(const Sight *seen, int64_t span, float softcap, float *logits,
 /* Tokens from `first` to the one before `stop` of a group see slots of a span, in the same blocks. */
 INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, int64_t first, int64_t stop,
                     const void *k, const void *v, int64_t width, int kept) {
-    int64_t start = INT64_MAX, end = 0;
-    for (int64_t t = first; t < stop; t++) {
-        start = room->sights[t].from < start ? room->sights[t].from : start;
-        end = room->sights[t].to > end ? room->sights[t].to : end;
-    }
-    const int64_t from = start < span ? span : start, to = end > span + SPAN ? span + SPAN : end;
+    const Range all = range_of(room->sights, first, stop);
+    const int64_t from = all.from < span ? span : all.from, to = all.to > span + SPAN ? span + SPAN : all.to;
     if (from >= to) return;
     const Slots seen = {room->sights[first].table, g->kv_head, span, from, to};
     const int64_t low = (from - span) / COLUMNS * COLUMNS, high = to - span, after = stop * g->heads;
@@ -259,16 +255,15 @@ INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, in
 
 INLINE void group_in(const Shape *a, const Places *p, const Group *g, const float *q, const void *k, const void *v,
                      void *out, Room *room, int64_t width, int half, int kept) {
-    int64_t start = INT64_MAX, end = 0;
     for (int64_t t = 0; t < g->tokens; t++) {
         const Sight seen = room->sights[t] = sight_of(a, p, p->order[g->first + t]);
-        start = seen.from < start ? seen.from : start, end = seen.to > end ? seen.to : end;
         memcpy(room->queries + t * g->heads * width, q + (seen.token * a->heads + g->head) * width,
                g->heads * width * sizeof *q);
     }
     for (int64_t m = 0; m < g->tokens * g->heads; m++) room->most[m] = LOWEST, room->sum[m] = 0;
     memset(room->out, 0, g->tokens * g->heads * whole(width) * sizeof *room->out);
-    for (int64_t span = start / SPAN * SPAN; span < end; span += SPAN)
+    const Range all = range_of(room->sights, 0, g->tokens);
+    for (int64_t span = all.from / SPAN * SPAN; span < all.to; span += SPAN)
         for (int64_t first = 0, stop; first < g->tokens; first = stop) {
             const Sight *one = room->sights + first;
             for (stop = first + 1; stop < g->tokens && alike(one, room->sights + stop, span, a->block);) stop++;

@@ -92,8 +92,8 @@ static float *sorted_steps(const float *x, int64_t rows, int64_t inputs) {
 }
 
 /* x [rows, inputs], y [rows, outputs] with rows `stride` apart: float32, or bfloat16 where `half`, where it
-   `multiplies_pairs` or `unit_multiplies`; bias float32. A row's numbers do not depend on how many rows there are. Gives 0,
-   or 1 where memory ran out. */
+   `multiplies_pairs` or `unit_multiplies`; bias float32. A row's numbers depend on how many rows there are only in whether
+   these are few, and by a matrix unit not at all. Gives 0, or 1 where memory ran out. */
 int dense_product(const Matrix *matrix, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                   int threads) {
     const int64_t outputs = matrix->outputs, inputs = matrix->inputs;

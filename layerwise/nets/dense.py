@@ -3,7 +3,7 @@
 Without instructions for it torch multiplies bfloat16 and float16 some six times slower than float32. Intel's AVX-512
 has instructions for bfloat16, but runs them at half the speed of float32 where its matrix unit (AMX) is missing or
 hidden from a virtual machine. There, products of many rows run in float32, part by part, and are rounded once at the
-end, as in the instructions: in C where nothing but the numbers is asked for (`panels.c`), else by torch. Few rows stay:
+end, as in the instructions: in C where nothing but the numbers is asked for (`dense.c`), else by torch. Few rows stay:
 reading the matrix is then what takes time, and half precision is half as much to read.
 
 Shapes: O outputs, I inputs.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.nets.compiled import library
-from layerwise.nets.native import HALVES, CMatrix
+from layerwise.nets.native import HALVES, CMatrix, multiplied
 
 WITHOUT, HALF_SPEED = 8, 48
 """Rows from which widening the matrix first takes less time: without instructions, and with those of half speed."""
@@ -68,29 +68,18 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     if dtype not in SLOW or x.numel() < SLOW[dtype] * x.shape[-1]:
         return F.linear(x, weight_OI, bias_O)
     with torch.autocast("cpu", enabled=False):
-        if weight_OI.dtype in HALVES and weight_OI.is_contiguous() and _unseen():
-            return _by_panels(x.float(), weight_OI, bias_O).to(dtype)
+        found = library()
+        if found is not None and weight_OI.dtype in HALVES and weight_OI.is_contiguous() and _unseen():
+            matrix, bias_O = CMatrix.of(weight_OI), None if bias_O is None else bias_O.float()
+            address, outputs = ctypes.addressof(matrix), len(weight_OI)
+            return multiplied(found.dense_product, address, x.float(), outputs, bias_O).to(dtype)
         return widened(x, weight_OI, bias_O, dtype)
 
 
 def _unseen() -> bool:
     """Whether torch need not see the product: nothing is differentiated, counted or mapped over."""
-    return (torch.is_inference_mode_enabled() and library() is not None
-            and not torch._C._len_torch_dispatch_stack() and torch._C._functorch.maybe_current_level() is None)
-
-
-def _by_panels(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x w' + b of float32 `x`, the weight read as it is stored."""
-    found, (outputs, inputs) = library(), weight_OI.shape
-    assert found is not None
-    x_MI = x.reshape(-1, inputs).contiguous()
-    y_MO, bias_O = x_MI.new_empty(len(x_MI), outputs), None if bias_O is None else bias_O.float()
-    matrix = CMatrix(weight_OI.data_ptr(), None, None, outputs, inputs, 0, HALVES[weight_OI.dtype])
-    if found.panel_product(ctypes.addressof(matrix), x_MI.data_ptr(), len(x_MI),
-                           None if bias_O is None else bias_O.data_ptr(), y_MO.data_ptr(), outputs, 0,
-                           torch.get_num_threads()):
-        raise MemoryError(f"no memory for {len(x_MI)} rows of {inputs} inputs")
-    return y_MO.view(*x.shape[:-1], outputs)
+    return (torch.is_inference_mode_enabled() and not torch._C._len_torch_dispatch_stack()
+            and torch._C._functorch.maybe_current_level() is None)
 
 
 def widened(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:

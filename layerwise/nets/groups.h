@@ -22,6 +22,20 @@ INLINE Sight sight_of(const Shape *a, const Places *p, int64_t token) {
     return (Sight){p->table + row * p->columns - p->first[row], token, row, start, end};
 }
 
+/* The slots that tokens from `first` to the one before `stop` see, all together. */
+typedef struct {
+    int64_t from, to;
+} Range;
+
+INLINE Range range_of(const Sight *sights, int64_t first, int64_t stop) {
+    Range all = {INT64_MAX, 0};
+    for (int64_t t = first; t < stop; t++) {
+        all.from = sights[t].from < all.from ? sights[t].from : all.from;
+        all.to = sights[t].to > all.to ? sights[t].to : all.to;
+    }
+    return all;
+}
+
 /* Whether two tokens read the same SPAN slots from `span` on. */
 INLINE int alike(const Sight *a, const Sight *b, int64_t span, int64_t block) {
     if (a->row == b->row) return 1;

@@ -34,6 +34,23 @@ class CMatrix(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in ("codes", "scale", "zero")] + [
         (name, c_int64) for name in ("outputs", "inputs", "group", "kind")]
 
+    @staticmethod
+    def of(weight_OI: Tensor) -> CMatrix:
+        """A dense matrix in half precision, contiguous; the structure only points to it."""
+        return CMatrix(weight_OI.data_ptr(), None, None, *weight_OI.shape, 0, HALVES[weight_OI.dtype])
+
+
+def multiplied(function: Any, matrix: int, x: Tensor, outputs: int, bias_O: Tensor | None = None) -> Tensor:
+    """x w' + bias, [..., O] in the dtype of `x`, by a compiled product of the matrix at that address; bias float32."""
+    inputs = x.shape[-1]
+    x_MI = x.reshape(-1, inputs).contiguous()
+    rows = len(x_MI)
+    y_MO = x_MI.new_empty(rows, outputs)
+    if function(matrix, x_MI.data_ptr(), rows, None if bias_O is None else bias_O.data_ptr(), y_MO.data_ptr(), outputs,
+                DTYPES[x.dtype], torch.get_num_threads()):
+        raise MemoryError(f"no memory for {rows} rows of {inputs} inputs")
+    return y_MO.view(*x.shape[:-1], outputs)
+
 
 @dataclass(frozen=True)
 class NativeMatrix:
@@ -102,16 +119,11 @@ class NativeMatrix:
 
     def product(self, x_MI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """x w' + bias, [M, O] in the dtype of `x_MI`, float32 or bfloat16; `x_MI` may lack the padded inputs."""
-        rows, inputs = x_MI.shape
+        inputs = x_MI.shape[1]
         if inputs < self.inputs:
             x_MI = torch.nn.functional.pad(x_MI, (0, self.inputs - inputs))
-        x_MI = x_MI.contiguous()
         multiply, matrix, outputs = self._call
-        y_MO = x_MI.new_empty(rows, outputs)
-        if multiply(matrix, x_MI.data_ptr(), rows, None if bias_O is None else bias_O.data_ptr(), y_MO.data_ptr(),
-                    outputs, DTYPES[x_MI.dtype], torch.get_num_threads()):
-            raise MemoryError(f"no memory for {rows} rows of {inputs} inputs")
-        return y_MO
+        return multiplied(multiply, matrix, x_MI, outputs, bias_O)
 
     def codes(self, start: int, stop: int) -> Tensor:
         """The codes of rows `start` to `stop`, uint8 [stop - start, I]."""

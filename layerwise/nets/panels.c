@@ -120,7 +120,7 @@ static int64_t steps_of(const Matrix *w, int half) {
     return (even + whole - 1) / whole * whole;
 }
 
-/* Whether the product is made in bfloat16 by pairs of inputs, and faster than in float32. */
+/* Whether there are instructions for pairs of bfloat16, and only whole pairs of inputs. */
 int panels_multiply_pairs(int64_t inputs) { return multiplies_pairs() && inputs % 2 == 0; }
 
 /* x [rows, inputs], y [rows, outputs] with rows `stride` apart: float32, or bfloat16 where `half`, with an even number of

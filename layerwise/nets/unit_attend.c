@@ -155,12 +155,8 @@ INLINE void find_slots(const Shape *a, const int64_t *table, int64_t kv_head, in
 INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, int64_t first, int64_t stop, const bf16 *k,
                     const bf16 *v, int64_t width) {
     const int64_t *table = room->sights[first].table;
-    int64_t start = INT64_MAX, end = 0;
-    for (int64_t t = first; t < stop; t++) {
-        start = room->sights[t].from < start ? room->sights[t].from : start;
-        end = room->sights[t].to > end ? room->sights[t].to : end;
-    }
-    const int64_t from = start < span ? span : start, to = end > span + SPAN ? span + SPAN : end;
+    const Range all = range_of(room->sights, first, stop);
+    const int64_t from = all.from < span ? span : all.from, to = all.to > span + SPAN ? span + SPAN : all.to;
     const int more = room->sights[first].to > span + SPAN;
     Slots keys, values, next_keys, next_values;
     find_slots(a, table, g->kv_head, span, from, to, k, v, width, &keys, &values);
@@ -230,12 +226,8 @@ INLINE void scatter(const Shape *a, const Group *g, Room *room, bf16 *out, int64
 INLINE void group_in(const Shape *a, const Places *p, const Group *g, const bf16 *q, const bf16 *k, const bf16 *v,
                      bf16 *out, Room *room, int64_t width) {
     gather(a, p, g, q, room, width);
-    int64_t start = INT64_MAX, end = 0;
-    for (int64_t t = 0; t < g->tokens; t++) {
-        start = room->sights[t].from < start ? room->sights[t].from : start;
-        end = room->sights[t].to > end ? room->sights[t].to : end;
-    }
-    for (int64_t span = start / SPAN * SPAN; span < end; span += SPAN)
+    const Range all = range_of(room->sights, 0, g->tokens);
+    for (int64_t span = all.from / SPAN * SPAN; span < all.to; span += SPAN)
         for (int64_t first = 0, stop; first < g->tokens; first = stop) {
             const Sight *one = room->sights + first;
             for (stop = first + 1; stop < g->tokens && alike(one, room->sights + stop, span, a->block);) stop++;

@@ -21,7 +21,7 @@ from layerwise.nets.decoder import Block
 from layerwise.nets.dense import SLOW
 from layerwise.nets.direct import FEW_ROWS, Direct
 from layerwise.nets.feed_forward import Experts, FeedForward
-from layerwise.nets.native import HALVES, CMatrix
+from layerwise.nets.native import HALVES, CMatrix, multiplied
 from layerwise.nets.norms import RMSNorm
 
 
@@ -44,8 +44,7 @@ class HalfLinear(Direct):
 
     @cached_property
     def _struct(self) -> CMatrix:
-        weight_OI = self.weight
-        return CMatrix(weight_OI.data_ptr(), None, None, *weight_OI.shape, 0, HALVES[weight_OI.dtype])
+        return CMatrix.of(self.weight)
 
     def __getstate__(self) -> dict[str, object]:
         """What a copy takes over: addresses are its own."""
@@ -66,17 +65,11 @@ class HalfLinear(Direct):
         return frozenset(DTYPES) if both else frozenset({torch.float32})
 
     def forward(self, x: Tensor) -> Tensor:
-        x_MI = x.reshape(-1, self.in_features).contiguous()
-        rows = len(x_MI)
-        if rows > FEW_ROWS and x.dtype not in self.many:
+        if x.numel() > FEW_ROWS * self.in_features and x.dtype not in self.many:
             return F.linear(x, self.weight, None if self.bias_O is None else self.bias_O.to(x.dtype))
         found = library()
         assert found is not None
-        y_MO, bias_O = x_MI.new_empty(rows, self.out_features), self.bias_O
-        if found.dense_product(self.address, x_MI.data_ptr(), rows, None if bias_O is None else bias_O.data_ptr(),
-                               y_MO.data_ptr(), self.out_features, DTYPES[x.dtype], torch.get_num_threads()):
-            raise MemoryError(f"no memory for {rows} rows of {self.in_features} inputs")
-        return y_MO.view(*x.shape[:-1], self.out_features)
+        return multiplied(found.dense_product, self.address, x, self.out_features, self.bias_O)
 
     def logits(self, x: Tensor) -> Tensor:
         """The same, for a table that serves as the output head."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerwise.nets.attend import Attended, attends
-from layerwise.nets.key_codes import KEY_CODES
+from layerwise.nets.key_codes import KEY_CODES, KeyCode
 from layerwise.spec import Attention, Precision
 
 Pair = tuple[Tensor, Tensor]
@@ -80,26 +80,31 @@ class Pool:
 class CodedPool(Pool):
     """Keys and values as codes: every store is several tensors."""
 
+    @property
+    def code(self) -> KeyCode:
+        """What its codes stand for."""
+        return KEY_CODES[self.precision]
+
     def __init__(self, blocks: int, block: int, heads: int, width: int, dtype: torch.dtype, device: torch.device,
                  kept: torch.dtype | None = None) -> None:
         self.block, self.dtype = block, dtype
         self.keys, self.values = ([zeros((heads, blocks * block, size), kind, device) for size, kind in
-                                   KEY_CODES[self.precision].layout(width)] for _ in range(2))
+                                   self.code.layout(width)] for _ in range(2))
         self._attended = None
 
     def write(self, slots_N: Tensor, k_KND: Tensor, v_KND: Tensor) -> Pair | None:
         for stores, new in ((self.keys, k_KND), (self.values, v_KND)):
-            for store, part in zip(stores, KEY_CODES[self.precision].encode(new.float()), strict=True):
+            for store, part in zip(stores, self.code.encode(new.float()), strict=True):
                 store.index_copy_(1, slots_N, part)
         return None
 
     def gather(self, blocks_RM: Tensor) -> Pair:
-        k, v = (KEY_CODES[self.precision].decode([self._rows(store, blocks_RM) for store in stores]).to(self.dtype)
+        k, v = (self.code.decode([self._rows(store, blocks_RM) for store in stores]).to(self.dtype)
                 for stores in (self.keys, self.values))
         return k, v
 
     def span(self, start: int, stop: int) -> Pair:
-        k, v = (KEY_CODES[self.precision].decode([store[None, :, start:stop] for store in stores]).to(self.dtype)
+        k, v = (self.code.decode([store[None, :, start:stop] for store in stores]).to(self.dtype)
                 for stores in (self.keys, self.values))
         return k, v
 
