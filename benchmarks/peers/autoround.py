@@ -61,6 +61,7 @@ def autoround(source: str | Path, target: str | Path, tokens_NT: Tensor, *, bits
                          sym=symmetric, iters=iterations, dataset=loader, nsamples=len(tokens_NT),
                          seqlen=tokens_NT.shape[1], batch_size=8, device_map="cpu", enable_torch_compile=False, seed=42,
                          lr=rate, amp=dtype is torch.bfloat16)
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(target).parent) as beside:
         rounding.quantize_and_save(beside, format="fake")
         (written,) = Path(beside).rglob("model.safetensors")

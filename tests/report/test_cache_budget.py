@@ -17,7 +17,6 @@ from layerwise.errors import BadOption
 from layerwise.export import EXPORTS
 from layerwise.export.source import Source as Exported
 from layerwise.measure.engine import measure
-from layerwise.measure.marginal import marginals
 from layerwise.measure.response import CACHES, Response
 from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
 from layerwise.report.decide import Decide, asked
@@ -164,18 +163,6 @@ def test_layers_are_named_as_before_where_others_are_gone(stack: DecoderStack) -
     edited = plan.edited(stack.spec)
     assert isinstance(edited.rows[2].mixer, Attention) and edited.rows[2].mixer.shares == 0
     assert layer_changes(stack.spec, edited, kept_layers(stack.spec, plan))[3].got == "keys of layer 1"
-
-
-def test_undoing_an_edit_finds_the_keys_that_it_read_before(stack: DecoderStack) -> None:
-    """Layer 3 of the original reads layer 1, which is layer 0 where one before it is gone."""
-    before = apply(stack, by_hand(stack, Edit(3, "share-kv", {"source": 1})))
-    gone, packed = Edit(0, "drop"), Edit(3, "quantize", {"bits": 3, "group": 16, "symmetric": False})
-    both, one = (apply(before, by_hand(before, *edits)) for edits in ((gone, packed), (gone,)))
-    kept = [1, 2, 3, 4, 5]
-    found = marginals(before, both, kept, text(), tokens=None)
-    alone = marginals(before, one, kept, text(), tokens=None)
-    assert set(found.saved) == {3} and alone.saved == {}
-    assert found.saved[3] == pytest.approx(found.kl - alone.kl, rel=1e-4)
 
 
 def test_sharing_is_offered_where_the_cache_or_hard_budgets_ask_for_it(stack: DecoderStack) -> None:
