@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,36 +54,42 @@ def chat(
     console = Console(stderr=as_json, highlight=False)
     if sys.stdin.isatty():
         console.print(COMMANDS, style="dim")
-    for text in said(console):
-        if text == "/clear":
-            talk.clear()
-        elif text.startswith("/") and text[1:].isalpha():
-            console.print(COMMANDS, style="dim")
-        else:
-            with suppress(KeyboardInterrupt):  # just before or after the answer
-                reply(talk, text, console)
+    going = True
+    while going:
+        try:
+            going = turn(talk, console)
+        except KeyboardInterrupt:  # at any moment but in an answer
+            going = sys.stdin.isatty()
+            if going:
+                console.print("\n(Ctrl-D ends)", style="dim")
     screen.finish({"messages": talk.messages})
 
 
-def said(console: Console) -> Iterator[str]:
-    """What the user says, line by line; piped lines are shown as if typed."""
-    typed = sys.stdin.isatty()
-    while True:
-        try:
-            text = typed_line(console) if typed else next(sys.stdin).rstrip("\n")
-        except KeyboardInterrupt:
-            if not typed:
-                return
-            console.print("\n(Ctrl-D ends)", style="dim")
-            continue
-        except (EOFError, StopIteration):
-            return
-        if text.strip() in ("/exit", "/quit"):
-            return
-        if text.strip():
-            if not typed:
-                console.print(f"> {text}", style="bold cyan", markup=False)
-            yield text.strip()
+def turn(talk: Talk, console: Console) -> bool:
+    """Read a line and do what it says; whether the conversation goes on."""
+    try:
+        text = said(console)
+    except (EOFError, StopIteration):
+        return False
+    if text in ("/exit", "/quit"):
+        return False
+    if text == "/clear":
+        talk.clear()
+    elif text.startswith("/") and text[1:].isalpha():
+        console.print(COMMANDS, style="dim")
+    elif text:
+        reply(talk, text, console)
+    return True
+
+
+def said(console: Console) -> str:
+    """What the user says next; piped lines are shown as if typed."""
+    if sys.stdin.isatty():
+        return typed_line(console).strip()
+    text = next(sys.stdin).strip()
+    if text and text not in ("/exit", "/quit"):
+        console.print(f"> {text}", style="bold cyan", markup=False)
+    return text
 
 
 def typed_line(console: Console) -> str:
@@ -95,16 +102,18 @@ def typed_line(console: Console) -> str:
 
 
 def reply(talk: Talk, text: str, console: Console) -> None:
-    """Show the answer while it is written."""
+    """Show the answer while it is written; Ctrl-C ends it."""
     from layerwise.serve.request import TooLong
 
     began = time.perf_counter()
     pieces = talk.say(text)
     try:
-        for piece in pieces:
-            console.print(piece, end="", markup=False, soft_wrap=True)
-    except KeyboardInterrupt:
-        pieces.close()
+        with interrupted() as pressed:
+            for piece in pieces:
+                console.print(piece, end="", markup=False, soft_wrap=True)
+                if pressed:
+                    break
+            pieces.close()
     except TooLong as error:
         console.print(f"{error.given}; {error.do}: {error.expected}", style="red", markup=False)
         return
@@ -114,3 +123,14 @@ def reply(talk: Talk, text: str, console: Console) -> None:
     if talk.written:
         rate = talk.written / (time.perf_counter() - began)
         console.print(f"{talk.written} tokens, {rate:.1f} tokens/s", style="dim")
+
+
+@contextmanager
+def interrupted() -> Iterator[list[int]]:
+    """Ctrl-C joins the list instead of breaking off whatever runs, so that no step of an engine is left half done."""
+    pressed: list[int] = []
+    kept = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, kept)

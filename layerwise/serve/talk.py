@@ -27,7 +27,7 @@ class Talk:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def say(self, text: str) -> Generator[str]:
-        """The answer, piece by piece; closing the generator ends it where it is.
+        """The answer, one piece a step, some empty; closing the generator ends it where it is.
 
         The oldest turns are left out where all of them no longer fit. Raises TooLong where the last alone does not,
         BadOption where the engine fails.
@@ -43,13 +43,13 @@ class Talk:
         self.engine.add(request)
         try:
             while self.engine.busy:
+                shown = len(pieces)
                 for event in self.engine.step():
                     if event.finish == "error":
                         raise BadOption(f"an answer that failed: {event.error}", expected="an answer", do="ask again")
                     self.written += len(event.tokens)
                     pieces.append(event.text)
-                    if event.text:
-                        yield event.text
+                yield "".join(pieces[shown:])
         finally:
             if self.engine.busy:
                 self.engine.cancel(request.id)
