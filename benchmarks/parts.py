@@ -1,0 +1,125 @@
+"""Where the time of serving goes: `python -m benchmarks.parts [--repeats 3]`.
+
+The jobs `offline` and `prefixes` of `benchmarks.serve`, with every pass through the blocks and through the head timed.
+After each job the products with the matrices of the blocks are made once more for as many rows as each of its
+passes had, and nothing else: what blocks took beyond that is attention, norms, activations and sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import layerwise as lw
+from benchmarks.common import machine, peak
+from layerwise.nets.decoder import Decoder
+from layerwise.nets.wide import HalfLinear
+from layerwise.serve import plan
+from layerwise.serve.engine import Engine
+from layerwise.serve.request import Params
+from layerwise.stack.decoder import DecoderStack
+
+Passes = list[tuple[int, float]]
+
+
+@contextmanager
+def timed(place: Any, name: str, rows_of: Callable[..., int]) -> Iterator[Passes]:
+    """Rows and seconds of every call of the function of that name."""
+    found: Passes = []
+    original = getattr(place, name)
+
+    def instead(*given: Any) -> Any:
+        began = time.perf_counter()
+        result = original(*given)
+        found.append((rows_of(*given), time.perf_counter() - began))
+        return result
+
+    setattr(place, name, instead)
+    try:
+        yield found
+    finally:
+        setattr(place, name, original)
+
+
+class Bench:
+    """The engine with SmolLM2 in bfloat16, and prompts that are never the same."""
+
+    def __init__(self) -> None:
+        stack = lw.open("smollm2")
+        assert isinstance(stack, DecoderStack)
+        self.engine, self.vocabulary = Engine(stack), stack.spec.vocabulary
+        self.generator = torch.Generator().manual_seed(0)
+        blocks = [self.engine.stack.block(layer) for layer in range(len(stack))]
+        self.matrices: list[HalfLinear] = [part for block in blocks for part in block.modules()
+                                           if isinstance(part, HalfLinear)]
+        if not self.matrices:
+            raise SystemExit("no compiled products on this machine: there is nothing to tell apart")
+        self.run([self.tokens(200), self.tokens(100)], 8)
+
+    def tokens(self, count: int) -> list[int]:
+        return torch.randint(1000, self.vocabulary, (count,), generator=self.generator).tolist()
+
+    def run(self, prompts: list[list[int]], new: int) -> float:
+        began = time.perf_counter()
+        list(self.engine.generate(prompts, Params(max_tokens=new, stop_ids=())))
+        return time.perf_counter() - began
+
+    @torch.inference_mode()
+    def products(self, passes: Passes) -> float:
+        """Seconds that the products of these passes take by themselves."""
+        inputs = {matrix.in_features for matrix in self.matrices}
+        spent = 0.0
+        for rows, _ in passes:
+            given = {width: torch.randn(rows, width, dtype=self.engine.stack.dtype) for width in inputs}
+            began = time.perf_counter()
+            for matrix in self.matrices:
+                matrix(given[matrix.in_features])
+            spent += time.perf_counter() - began
+        return spent
+
+
+def parts(bench: Bench, prompts: list[list[int]], new: int) -> dict[str, float]:
+    """Seconds of one job by what they went to, and what its products need at the speed of torch's largest ones."""
+    with timed(plan, "through", lambda steps, x_NC: len(x_NC)) as passes, \
+            timed(Decoder, "logits", lambda decoder, x_BTC: x_BTC.shape[1]) as heads:
+        total = bench.run(prompts, new)
+    blocks, products = sum(seconds for _, seconds in passes), bench.products(passes)
+    head = sum(seconds for _, seconds in heads)
+    numbers = sum(matrix.in_features * matrix.out_features for matrix in bench.matrices)
+    return {"all": total, "products": products, "the rest of blocks": blocks - products, "head": head,
+            "outside": total - blocks - head,
+            "products at peak": 2 * numbers * sum(rows for rows, _ in passes) / peak()}
+
+
+def prefixes(bench: Bench) -> tuple[list[list[int]], int]:
+    shared = [bench.tokens(384) for _ in range(8)]
+    order = torch.randperm(200, generator=bench.generator).tolist()
+    return [shared[index % 8] + bench.tokens(16) for index in order], 8
+
+
+def offline(bench: Bench) -> tuple[list[list[int]], int]:
+    return [bench.tokens(300 + 100 * index // 15) for index in range(16)], 64
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--repeats", type=int, default=3)
+    repeats = options.parse_args().repeats
+    bench, columns = Bench(), ""
+    print(f"{machine()}; {peak() / 1e12:.2f} TFLOP/s\n")
+    for name, job in {"offline": offline, "prefixes": prefixes}.items():
+        found = [parts(bench, *job(bench)) for _ in range(repeats)]
+        if not columns:
+            columns = " | ".join(found[0])
+            print(f"| seconds | {columns} |\n|{'---|' * (1 + len(found[0]))}")
+        print(f"| {name} | {' | '.join(f'{statistics.median(one[part] for one in found):.2f}' for part in found[0])} |")
+
+
+if __name__ == "__main__":
+    main()
