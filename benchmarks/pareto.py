@@ -41,7 +41,7 @@ from layerwise.measure.output_error import OutputError
 from layerwise.measure.scores import Scores
 from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
 from layerwise.report.decide import Decide
-from layerwise.report.optimize import calibration_text, parted
+from layerwise.report.optimize import calibration_text, parted, sensitivity_for
 from layerwise.report.refine import shortened
 from layerwise.report.tried import try_plans
 from layerwise.report.verify import compare_on, verification_text
@@ -75,12 +75,12 @@ class Bench:
         path = self.folder / "scores.parquet"
         if path.exists():
             return Scores.load(path)
-        (errors,) = reading(self.whole)
-        assert isinstance(errors, OutputError)
         began = time.monotonic()
         journal = self.folder / "measured.jsonl"
         scores = measure(self.stack, shortened(self.trial), trying(self.whole), resume=journal)
         middle = time.monotonic()
+        (errors,) = reading(self.whole, sensitivity_for(self.stack, shortened(self.trial), self.whole))
+        assert isinstance(errors, OutputError)
         scores = scores.merge(measure(self.stack, self.calibration, [replace(errors, ranks=RANKS)], resume=journal))
         self.seconds("trials", middle - began)
         self.seconds("statistics", time.monotonic() - middle)

@@ -73,6 +73,7 @@ INFRASTRUCTURE = {
         "scores": "the result",
         "scores_files": "the result as a file",
         "seen": "what a pass shows to instruments",
+        "sensitivity": "what predictions feel of each channel, vectors that errors are weighed with",
         "separation": "tells two groups of states apart, so it is not a column",
         "specific_neurons": "picks neurons, not layers",
         "swap_states": "states of one prompt in the run of another, not a column",
@@ -112,6 +113,7 @@ INFRASTRUCTURE = {
     "transform": {
         "base": "the interface",
         "gptq": "one of the ways in which quantize rounds",
+        "gains": "how much each output of a matrix counts",
         "gram": "the statistics that GPTQ reads",
         "closed_form": "the algebra of model editing",
         "descent": "the polish after GPTQ, one of the ways in which quantize rounds",

@@ -39,12 +39,12 @@ def backward_pass(stack: Stack, inputs: Inputs, instruments: Sequence[WeightGrad
     Raises BadOption for packed layers, which have no gradient, BadModel where the gradient is not finite.
     """
     items = list(inputs)
-    trails = [_trail(stack, item, progress) for item in items]
-    count = sum(_places(item).numel() for item in items)
+    trails = [trail(stack, item, progress) for item in items]
+    count = sum(places(item).numel() for item in items)
     if not count:
         raise BadData("texts of one token", expected="at least two tokens in a row", do="give longer texts")
-    arriving = [_loss_gradient(stack, item, trail[-1], count)
-                for item, trail in zip(items, trails, strict=True)]
+    arriving = [_loss_gradient(stack, item, states[-1], count)
+                for item, states in zip(items, trails, strict=True)]
     values: list[list[float]] = [[] for _ in instruments]
     for layer in reversed(range(len(stack))):
         weights, gradients = _layer(stack, layer, trails, arriving, progress)
@@ -62,26 +62,24 @@ def state_pass(stack: Stack, inputs: Inputs, instruments: Sequence[StateGradient
     tallies = [instrument.start(stack.spec) for instrument in instruments]
     count = 0
     for batch, item in enumerate(inputs):
-        trail = _trail(stack, item, progress)
-        count += _places(item).numel()
-        arriving = _loss_gradient(stack, item, trail[-1], 1)
+        states = trail(stack, item, progress)
+        count += places(item).numel()
+        arriving = _loss_gradient(stack, item, states[-1], 1)
         for layer in reversed(range(len(stack))):
-            states = {"input": trail[layer].hidden, "output": trail[layer + 1].hidden, "gradient": arriving}
-            sites = {name: Vectors(hidden) for name, hidden in states.items()}
+            hidden = {"input": states[layer].hidden, "output": states[layer + 1].hidden, "gradient": arriving}
+            sites = {name: Vectors(hidden_BTC) for name, hidden_BTC in hidden.items()}
             seen = Seen(sites, fitting(item.mask_BT, sites["output"]))
             for instrument, tally in zip(instruments, tallies, strict=True):
                 instrument.update(tally, layer, seen)
             if layer:
-                _check_dense(stack.block(layer), layer)
-                arriving = _below(stack, layer, trail[layer], arriving, [])[0]
-                _check_finite(arriving, layer, batch)
+                arriving = below(stack, layer, states[layer], arriving, batch)
             progress.step(2)
     if not count:
         raise BadData("texts of one token", expected="at least two tokens in a row", do="give longer texts")
     return tallies
 
 
-def _trail(stack: Stack, item: Input, progress: Progress) -> list[State]:
+def trail(stack: Stack, item: Input, progress: Progress) -> list[State]:
     """The states entering every layer, and the one that leaves the last."""
     trail = [item.start(stack)]
     for layer in range(len(stack)):
@@ -90,7 +88,7 @@ def _trail(stack: Stack, item: Input, progress: Progress) -> list[State]:
     return trail
 
 
-def _places(item: Input) -> Tensor:
+def places(item: Input) -> Tensor:
     """Positions with a next token, as indices into the flattened [B, T]; of a module the rows."""
     if item.labels_B is not None:
         return torch.arange(len(item.labels_B))
@@ -111,7 +109,7 @@ def _loss_gradient(stack: Stack, item: Input, last: State, count: int) -> Tensor
     targets_N = item.tokens_BT.flatten().roll(-1).to(last.hidden.device)
     hidden_NC = last.hidden.flatten(0, 1)
     gradient_NC = torch.zeros_like(hidden_NC)
-    for place_P in _places(item).to(hidden_NC.device).split(max(1, CHUNK // stack.spec.vocabulary)):
+    for place_P in places(item).to(hidden_NC.device).split(max(1, CHUNK // stack.spec.vocabulary)):
         with torch.enable_grad():
             rows_PC = hidden_NC[place_P].requires_grad_()
             logits_1PV: Tensor = stack.finish(last.moved(rows_PC[None], len(stack)))
@@ -127,14 +125,22 @@ def _layer(stack: Stack, layer: int, trails: list[list[State]], arriving: list[T
     _check_dense(block, layer)
     with _learning(block) as weights:
         sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-        for batch, trail in enumerate(trails):
-            arriving[batch], found = _below(stack, layer, trail[layer], arriving[batch], list(weights.values()))
+        for batch, states in enumerate(trails):
+            arriving[batch], found = _below(stack, layer, states[layer], arriving[batch], list(weights.values()))
             for name, gradient in zip(sums, found, strict=True):
                 if gradient is not None:
                     sums[name] += gradient.float()
             _check_finite(arriving[batch], layer, batch)
             progress.step(2)
         return {name: weight.detach() for name, weight in weights.items()}, sums
+
+
+def below(stack: Stack, layer: int, state: State, arriving: Tensor, batch: int) -> Tensor:
+    """The gradient that enters a layer with dense weights from below, from the one `arriving` above it; finite."""
+    _check_dense(stack.block(layer), layer)
+    below_BTC, _ = _below(stack, layer, state, arriving, [])
+    _check_finite(below_BTC, layer, batch)
+    return below_BTC
 
 
 def _below(stack: Stack, layer: int, state: State, arriving: Tensor,

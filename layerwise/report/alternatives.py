@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from layerwise.allocate.budget import Budget
 from layerwise.allocate.choices import coded, dropped, factored, factors, keep, mixed, narrowed, rotated, shared
 from layerwise.allocate.cost import totals
@@ -180,13 +182,21 @@ def _size_at(bits: int, spec: StackSpec) -> int:
     return replace(packed, embedding_format=transform.format, head_format=head).bytes()
 
 
-def reading(alternatives: Sequence[Alternative]) -> list[str | Instrument]:
+def felt(alternatives: Sequence[Alternative]) -> bool:
+    """Whether errors differ so much from alternative to alternative that what predictions feel of them must be known:
+    rounding errs everywhere alike, what is left of a narrower or a factored matrix does not.
+    """
+    return any(item.transform in ("narrow", "low-rank") for item in alternatives)
+
+
+def reading(alternatives: Sequence[Alternative], sensitivity: tuple[Tensor, ...] = ()) -> list[str | Instrument]:
     """What reads layers beside the statistics of their inputs."""
     labels = tuple(item.label for item in alternatives if item.each and item.transform == "quantize")
     ranks = dict.fromkeys(item.arguments["rank"] for item in alternatives if item.transform == "low-rank")
     widths = WIDTHS if any(item.transform == "narrow" for item in alternatives) else ()
     turned = any(item.transform == "learn-rotation" for item in alternatives)
-    wanted = OutputError(labels or ("8/row=",), ranks=tuple(ranks), widths=widths, rotated=turned)
+    wanted = OutputError(labels or ("8/row=",), ranks=tuple(ranks), widths=widths, rotated=turned,
+                         sensitivity=sensitivity)
     return [wanted] if labels or ranks or widths else []
 
 

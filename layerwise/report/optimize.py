@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from layerwise.allocate.apply import apply
 from layerwise.allocate.budget import Budget
 from layerwise.allocate.early import LEAST, measure_early
@@ -19,7 +21,8 @@ from layerwise.measure.engine import measure
 from layerwise.measure.identity import identity
 from layerwise.measure.response import Response
 from layerwise.measure.scores import Scores
-from layerwise.report.alternatives import calibrated, reading, trying
+from layerwise.measure.sensitivity import stream_sensitivity
+from layerwise.report.alternatives import calibrated, felt, reading, trying
 from layerwise.report.decide import Decide, asked
 from layerwise.report.heal import heal_in, load_healing
 from layerwise.report.layers import kept_layers
@@ -212,7 +215,8 @@ def measured_for(
     early = decide if len(trial) > LEAST and (response.drops or response.shares) else None
     tell(f"trying changes to {len(stack)} layers on {trial.tokens_NT.numel():,} tokens")
     scores = measure(stack, trial, cheap if early else [*cheap, response], seed=seed, progress=progress, resume=journal)
-    if wanted := reading(alternatives):
+    sensitivity = sensitivity_for(stack, trial, alternatives, seed, progress)
+    if wanted := reading(alternatives, sensitivity):
         tell(f"reading the layers' inputs on {calibration.tokens_NT.numel():,} tokens")
         scores = scores.merge(measure(stack, calibration, wanted, seed=seed, progress=progress, resume=journal))
     if early:
@@ -224,6 +228,16 @@ def measured_for(
     if said := sentence(scores):
         tell(said)
     return scores
+
+
+def sensitivity_for(stack: Stack, trial: TextData, alternatives: Sequence[Alternative], seed: int = 0,
+                    progress: bool = False) -> tuple[Tensor, ...]:
+    """What predictions feel of each channel of the stream, where alternatives need that and it can be known."""
+    spec = stack.spec
+    packed = spec.embedding_format or spec.head_format or any(row.formats for row in spec.rows)
+    if not isinstance(stack, DecoderStack) or not felt(alternatives) or packed:
+        return ()
+    return stream_sensitivity(stack, trial, seed=seed, progress=progress)
 
 
 def _shape(stack: Stack, plan: Plan, data: TextData, tell: Tell) -> DecoderStack:

@@ -4,7 +4,8 @@
 can give: with G = L L' their Gram matrix and W L = U S V', it is U_R S_R V_R' L^-1. That equals U_R U_R' W, the
 projection on the leading eigenvectors of the outputs' second moment W G W' = U S^2 U', so G need not be
 inverted and may be singular. `utilized` (arXiv 2407.04797) also confines inputs, to the R leading directions of G.
-`plain` knows no inputs: the singular vectors of W. Sources: Eckart and Young, 1936; Wang et al., SVD-LLM, 2024.
+`plain` knows no inputs: the singular vectors of W. Where outputs have gains (see `gains.py`), the first two factor W
+with each output times its own, and divide `b` by it. Sources: Eckart and Young, 1936; Wang et al., SVD-LLM, 2024.
 
 Shapes: O outputs, I inputs, R rank, K the smaller of O and I.
 """
@@ -25,6 +26,7 @@ from layerwise.nets.factored import FactoredLinear, Matrix
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import LayerSpec, Opaque
 from layerwise.transform.base import Stats, Transform
+from layerwise.transform.gains import gained, gains
 from layerwise.transform.gptq import check_gram
 from layerwise.transform.quantize import packed, values
 from layerwise.transform.rounding import check_finite
@@ -84,7 +86,7 @@ class LowRank(Transform):
         BadModel where weights are not finite.
         """
         block, grams = cast(Block, block), stats or {}
-        return block.with_matrices({name: self._factored(block.matrix(name), row, name, grams.get(name))
+        return block.with_matrices({name: self._factored(block, row, name, grams.get(name))
                                     for name in self._names(row)})
 
     def _names(self, row: LayerSpec) -> list[str]:
@@ -99,14 +101,18 @@ class LowRank(Transform):
                             do="ask for a lower rank, or leave the matrix out")
         return rank
 
-    def _factored(self, matrix: Matrix, row: LayerSpec, name: str, gram_II: Tensor | None) -> FactoredLinear:
+    def _factored(self, block: Block, row: LayerSpec, name: str, gram_II: Tensor | None) -> FactoredLinear:
+        matrix = block.matrix(name)
         rank = self._rank(matrix.out_features, matrix.in_features, name)
         if isinstance(matrix, FactoredLinear) and matrix.rank == rank:
             return matrix
         if gram_II is None and self.method != "plain":
             raise BadData(f"low rank of matrix {name!r} without statistics of its inputs", expected="calibration data",
                           do="pass data, or use method='plain', which needs none")
-        b_OR, a_RI = factors(values(matrix), rank, gram_II, self.method, f"matrix {name!r}")
+        gain_O = None if self.method == "plain" else gains(block, name)
+        b_OR, a_RI = factors(gained(values(matrix), gain_O), rank, gram_II, self.method, f"matrix {name!r}")
+        if gain_O is not None:
+            b_OR = b_OR / gain_O.to(b_OR)[:, None]
         dtype = _dtype(matrix)
         factored = FactoredLinear(Dense.of(a_RI.to(dtype)), Dense.of(b_OR.to(dtype), matrix.bias))
         format = row.formats.get(name)

@@ -6,8 +6,8 @@ least squared error of outputs that the kept inputs K can reach, and where, are
     tr(W_S Z W_S'),  Z = G_SS - G_SK G_KK^-1 G_KS,  at  W_K + W_S G_SK G_KK^-1
 
 Of one unit alone, Z is the inverse of its block of G^-1: the score by which the worst are found, a quarter of those
-left at a time, each time with the weights as they are then. Source: Hassibi and Stork, Optimal Brain Surgeon, 1992;
-Kurtic et al., ZipLM, 2023 (arXiv 2302.04089).
+left at a time, each time with the weights as they are then. Outputs count by their gains (see `gains.py`). Source:
+Hassibi and Stork, Optimal Brain Surgeon, 1992; Kurtic et al., ZipLM, 2023 (arXiv 2302.04089).
 
 Shapes: O outputs, I inputs, N units, U inputs in a unit, K kept inputs, L inputs left.
 """
@@ -28,6 +28,7 @@ from layerwise.nets.factored import FactoredLinear, Matrix
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Attention, FeedForward, LayerSpec, Opaque, StateSpace
 from layerwise.transform.base import Stats, Transform
+from layerwise.transform.gains import gained, gains
 from layerwise.transform.gptq import check_gram
 from layerwise.transform.quantize import packed, values
 from layerwise.transform.rounding import check_finite
@@ -104,24 +105,24 @@ class Narrow(Transform):
     def _channels(self, block: Block, row: LayerSpec, new: FeedForward, grams: Stats) -> Block:
         names = [name for name in row.matrices(1) if name in ("gate", "up")]
         makers = [block.matrix(name) for name in names]
-        kept_K = self._best(block.matrix("down"), makers, 1, new.width, grams.get("down"), "down")
+        kept_K = self._best(block, makers, 1, new.width, grams.get("down"), "down")
         matrices: dict[str, nn.Module] = {name: rows_of(block.matrix(name), kept_K) for name in names}
         matrices["down"] = self._reading(block.matrix("down"), kept_K, row, grams.get("down"), "down")
         return _with(block, matrices, "down", new)
 
     def _heads(self, block: Block, row: LayerSpec, old: Attention, new: Attention, grams: Stats) -> Block:
         group = old.heads // old.kv_heads * old.head_dim
-        kept_G = self._best(block.matrix("o"), [block.matrix("v")], group, new.kv_heads, grams.get("o"), "o")
+        kept_G = self._best(block, [block.matrix("v")], group, new.kv_heads, grams.get("o"), "o")
         query_K, key_K = _inputs(kept_G, group), _inputs(kept_G, old.head_dim)
         rows = {"q": query_K, "k": key_K, "v": key_K}
         matrices: dict[str, nn.Module] = {name: rows_of(block.matrix(name), kept) for name, kept in rows.items()}
         matrices["o"] = self._reading(block.matrix("o"), query_K, row, grams.get("o"), "o")
         return _with(block, matrices, "o", new)
 
-    def _best(self, reader: Matrix, makers: Iterable[nn.Module], unit: int, count: int, gram_II: Tensor | None,
+    def _best(self, block: Block, makers: Iterable[nn.Module], unit: int, count: int, gram_II: Tensor | None,
               name: str) -> Tensor:
-        """The best units in order of place, [count]."""
-        weight_OI = values(reader)
+        """The best units for the matrix `name`, which reads them, in order of place, [count]."""
+        weight_OI = values(block.matrix(name))
         check_finite(weight_OI, f"matrix {name!r}")
         if self.by == "norm":
             size_N = _norms(weight_OI.T, len(weight_OI.T) // unit)
@@ -133,7 +134,7 @@ class Narrow(Transform):
                           expected="calibration data", do="pass data, or use by='norm', which needs none")
         else:
             check_gram(gram_II, weight_OI.shape[1], f"matrix {name!r}")
-            order_N = ranked(weight_OI, gram_II, unit, count)
+            order_N = ranked(gained(weight_OI, gains(block, name)), gram_II, unit, count)
         return order_N[:count].sort().values
 
     def _reading(self, matrix: Matrix, kept_K: Tensor, row: LayerSpec, gram_II: Tensor | None, name: str) -> Matrix:

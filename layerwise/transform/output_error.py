@@ -8,14 +8,18 @@ Shapes: O outputs, I inputs, K the smaller of the two, N units.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from layerwise.nets.packed import PackedLinear
 from layerwise.spec import Format
+from layerwise.transform.gains import gained
 from layerwise.transform.gptq import factorised
 from layerwise.transform.gptq import output_error as error_rows
-from layerwise.transform.low_rank import core
+from layerwise.transform.low_rank import core, factors
 from layerwise.transform.narrow import damped, ranked
 from layerwise.transform.quantize import SEARCH_STEPS, SWEEPS, Method
 from layerwise.transform.rounding import round_to_nearest
@@ -79,9 +83,19 @@ def low_rank_errors(weight_OI: Tensor, gram_II: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def narrow_errors(weight_OI: Tensor, gram_II: Tensor, unit: int = 1) -> tuple[Tensor, Tensor]:
+def rank_errors(weight_OI: Tensor, gram_II: Tensor, ranks: Sequence[int], felt_O: Tensor) -> list[float]:
+    """The error of the factors of each rank that are best for W, where it counts `felt_O` times in each output."""
+    basis_OR, _ = factors(weight_OI, max(ranks), gram_II)
+    weight_OI = weight_OI.to(basis_OR)
+    left = (weight_OI - basis_OR[:, :rank] @ (basis_OR[:, :rank].T @ weight_OI) for rank in ranks)
+    return [energy(gained(left_OI, felt_O), gram_II) for left_OI in left]
+
+
+@torch.no_grad()
+def narrow_errors(weight_OI: Tensor, gram_II: Tensor, unit: int = 1, felt_O: Tensor | None = None
+                  ) -> tuple[Tensor, Tensor]:
     """(errors, order): the error with the n best units of inputs kept and refitted, for n = 0 to N at once, float64
-    [N + 1], and the units from the best to the first to go, [N].
+    [N + 1], and the units from the best to the first to go, [N]. In each output it counts `felt_O` times.
 
     With G = L L' in that order, the error of keeping n is the sum of squares of columns n to N of W L. The Gram
     matrix is damped as in refitting, which puts errors a little above those on the inputs themselves.
@@ -89,10 +103,19 @@ def narrow_errors(weight_OI: Tensor, gram_II: Tensor, unit: int = 1) -> tuple[Te
     order_N = ranked(weight_OI, gram_II, unit)
     order_I = (order_N[:, None] * unit + torch.arange(unit, device=order_N.device)).flatten()
     lower_II = torch.linalg.cholesky(damped(gram_II)[order_I][:, order_I])
-    energy_I = (weight_OI.double()[:, order_I] @ lower_II).square().sum(0)
+    energy_I = (gained(weight_OI, felt_O).double()[:, order_I] @ lower_II).square().sum(0)
     return _tails(energy_I.view(len(order_N), unit).sum(1)), order_N
 
 
 def _tails(part_K: Tensor) -> Tensor:
     """Sums of everything from place n on, for n = 0 to K, [K + 1]."""
     return torch.cat([part_K.flip(0).cumsum(0).flip(0), part_K.new_zeros(1)])
+
+
+def unseen(inputs: int, tokens: int) -> float:
+    """How much larger errors are on new text than on the tokens that so many inputs were refitted on.
+
+    (N / (N - K))^2: least squares with K unknowns leave 1 - K / N of the noise on the N samples they have seen, and
+    1 / (1 - K / N) of it on others. Tokens of one text are alike, so this is a lower bound.
+    """
+    return (tokens / (tokens - inputs)) ** 2 if tokens > inputs else math.inf
