@@ -146,7 +146,8 @@ class OutputError(Reading):
     def _structural(self, weight_OI: Tensor, gram_II: Tensor, felt_O: Tensor | None, name: str, row: LayerSpec,
                     tokens: int) -> dict[str, float]:
         """Relative errors of ranks and widths, for the weight with its gains."""
-        found, whole = {}, energy(gained(weight_OI, felt_O), gram_II) or 1.0
+        found: dict[str, float] = {}
+        whole = energy(gained(weight_OI, felt_O), gram_II) or 1.0
         if self.ranks:
             outputs, inputs = weight_OI.shape
             ranks = [int(share * outputs * inputs / (outputs + inputs)) for share in self.ranks]
