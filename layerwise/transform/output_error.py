@@ -116,6 +116,7 @@ def unseen(inputs: int, tokens: int) -> float:
     """How much larger errors are on new text than on the tokens that so many inputs were refitted on.
 
     (N / (N - K))^2: least squares with K unknowns leave 1 - K / N of the noise on the N samples they have seen, and
-    1 / (1 - K / N) of it on others. Tokens of one text are alike, so this is a lower bound.
+    1 / (1 - K / N) of it on others. Tokens of one text are alike, so this is a lower bound. Not a number where there
+    are no more tokens than inputs, which then say nothing of other text.
     """
-    return (tokens / (tokens - inputs)) ** 2 if tokens > inputs else math.inf
+    return (tokens / (tokens - inputs)) ** 2 if tokens > inputs else math.nan

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import cast
 
 import pytest
 import torch
 
+from layerwise.allocate.choices import keep, make_choices, narrowed
 from layerwise.measure.engine import measure
 from layerwise.measure.output_error import OutputError, kept_units
+from layerwise.measure.response import Response
 from layerwise.nets.decoder import Block
 from layerwise.nets.dense import Dense
 from layerwise.spec import Attention, FeedForward, Format, LayerSpec
@@ -125,4 +128,15 @@ def test_errors_on_unseen_tokens_grow_with_what_was_fitted() -> None:
         w = torch.linalg.lstsq(x, y).solution
         ratios.append(float((new_y - new_x @ w).square().sum() / (y - x @ w).square().sum()))
     assert sum(ratios) / 40 == pytest.approx(unseen(40, 160), rel=0.1)
-    assert unseen(160, 160) == float("inf")
+    assert math.isnan(unseen(160, 160))
+
+
+def test_widths_that_so_few_tokens_cannot_show_are_not_offered() -> None:
+    """Of 48 tokens, half of 96 channels are too many and a quarter is not."""
+    stack = random_stack(2, row=ROW)
+    scores = measure(stack, TOKENS[:1], [OutputError(("4/16",), "nearest", widths=(0.5, 0.25)), Response()],
+                     progress=False)
+    few, some = (scores[f"output-error:down:width {share}"].values for share in (0.5, 0.25))
+    assert all(map(math.isnan, few)) and not any(map(math.isnan, some))
+    groups, _ = make_choices(scores, [keep(), *narrowed((0.5, 0.25), stack.spec)])
+    assert {choice.label for group in groups for choice in group} == {"keep", "width 24", "kv_heads 1"}
