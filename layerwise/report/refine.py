@@ -8,7 +8,6 @@ plan did not change, when a round came out no better than the best, or after `ro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -30,11 +29,7 @@ SHORT = 256
 """Tokens of a block on which single changes are tried, or undone; whole plans are measured on all of it."""
 
 STEP = 4.0
-"""A prediction is corrected by at most this factor in one round."""
-
-ADDS_UP = ("quantize", "learn-rotation")
-OF_RESPONSES = {"drop": "drop", "share": "share-kv", "cache": "cache-precision"}
-"""The kinds of edit that have responses of their own; all other responses are those of matrices and tables."""
+"""A response is corrected by at most this factor in one round."""
 
 
 @dataclass(frozen=True)
@@ -95,39 +90,26 @@ def undone(stack: DecoderStack, slim: DecoderStack, plan: Plan, trial: TextData,
 
 
 def corrected(scores: Scores, plan: Plan, seen: Marginals, floor: float = 0.0) -> Scores:
-    """Scores that predict, for `plan`, the loss that was measured.
+    """Scores that predict, for `plan`, the loss that was measured, shared out as undoing shows.
 
     First by kind of edit, since a kind may be worse than its errors say everywhere: the factors that explain best
-    what undoing each layer saves. What is then missing is charged to the layers and tables that undoing shows to be
-    worse than predicted, by more than the floor, in proportion; to all, where none is. The others stay as predicted:
-    what undoing saves is measured on little text, and what looks free there would be chosen next. Where less was lost
-    than predicted, the same the other way round. In a layer that has fewer parts or ranks as well as formats the
-    former are charged: what formats lose adds up.
+    what undoing each layer saves. Then by layer and table, as far as it can be known: what undoing saves is
+    measured to within the floor, so that where edits lose less than that their shares stay as predicted.
     """
     kinds = _predicted(plan)
     saved = {target: max(value, 0.0) for target, value in seen.saved.items() if sum(kinds.get(target, {}).values())}
-    alone = sum(sum(kinds[target].values()) for target in saved)
     left = seen.kl - floor - sum(sum(losses.values()) for target, losses in kinds.items() if target not in saved)
     if not sum(saved.values()) or left <= 0:
         return scores
-    by_kind = {kind: max(factor, 1.0) if left >= alone else min(factor, 1.0) for kind, factor in _by_kind(
-        {target: kinds[target] for target in saved if isinstance(target, int)}, saved).items()}
-    expected = {target: {kind: loss * (by_kind.get(kind, 1.0) if isinstance(target, int) else 1.0)
-                         for kind, loss in kinds[target].items()} for target in saved}
-    sums = {target: sum(losses.values()) for target, losses in expected.items()}
-    missing = left - sum(sums.values())
-    sign = math.copysign(1.0, missing)
-    apart = {target: max(sign * (value - sums[target]) - floor, 0.0) for target, value in saved.items()}
-    if not sum(apart.values()):
-        apart = sums
-    part = missing / sum(apart.values())
-    factors: dict[int | str, dict[str, float]] = {}
-    for target, losses in expected.items():
-        charged = {kind: loss for kind, loss in losses.items() if kind not in ADDS_UP and loss > 0} or losses
-        factor = min(max(1 + part * apart[target] / sum(charged.values()), 1 / STEP), STEP)
-        factors[target] = dict.fromkeys(charged, factor)
-    return replace(scores, columns={name: _charged(column, by_kind, factors)
-                                    for name, column in scores.columns.items()})
+    by_kind = _by_kind({target: kinds[target] for target in saved if isinstance(target, int)}, saved)
+    expected = {target: sum(loss * (by_kind.get(kind, 1.0) if isinstance(target, int) else 1.0)
+                            for kind, loss in kinds[target].items()) for target in saved}
+    shares = {target: expected[target] * (value + floor) / (expected[target] + floor)
+              for target, value in saved.items()}
+    level = left / sum(shares.values())
+    factors = {target: min(max(level * share / expected[target], 1 / STEP), STEP) for target, share in shares.items()}
+    columns = {name: _of_kind(_scaled(column, factors), by_kind) for name, column in scores.columns.items()}
+    return replace(scores, columns=columns)
 
 
 def _predicted(plan: Plan) -> dict[int | str, dict[str, float]]:
@@ -151,27 +133,24 @@ def _by_kind(predicted: Mapping[int | str, Mapping[str, float]], saved: Mapping[
     return {kind: float(np.clip(factor, 1 / STEP, STEP**2)) for kind, factor in zip(kinds, found, strict=True)}
 
 
-def _charged(column: Column, by_kind: Mapping[str, float], factors: Mapping[int | str, Mapping[str, float]]) -> Column:
-    """A column with what its kind of edit is charged everywhere, and what each layer and table is charged for.
-
-    What formats of a layer are charged stands in its responses, which all edits of its matrices are predicted from, so
-    it is taken off the errors of others.
-    """
+def _of_kind(column: Column, factors: Mapping[str, float]) -> Column:
+    """A column of errors or of parts left out, with the factor of the transform that it is about."""
     name, _, setting = column.name.partition(":")
-    part = setting.partition(":")[2]
-    if name == "response" and setting != "floor":
-        kind = OF_RESPONSES.get(setting.partition(" ")[0], "quantize")
-        everywhere, beside = 1.0 if kind == "quantize" else by_kind.get(kind, 1.0), ""
-    elif name == "output-error" and part != "probe" and not setting.startswith("table:"):
-        kind = {"rank": "low-rank", "width": "narrow"}.get(part.partition(" ")[0], "quantize")
-        everywhere, beside = by_kind.get(kind, 1.0), "quantize"
-    else:
+    what = setting.partition(":")[2]
+    kind = "quantize"
+    if name == "response":
+        kind = {"drop": "drop", "share": "share-kv", "cache": "cache-precision"}.get(setting.partition(" ")[0], "")
+    elif name != "output-error" or what == "probe" or setting.startswith("table:"):
+        kind = ""
+    elif what.startswith(("rank ", "width ")):
+        kind = "low-rank" if what.startswith("rank ") else "narrow"
+    factor = factors.get(kind, 1.0)
+    return column if factor == 1.0 else replace(column, values=tuple(value * factor for value in column.values))
+
+
+def _scaled(column: Column, factors: Mapping[int | str, float]) -> Column:
+    if not column.name.startswith("response:") or column.name.endswith(":floor"):
         return column
-
-    def factor(target: int | str) -> float:
-        charged = factors.get(target, {})
-        return charged.get(kind, 1.0) / charged.get(beside, 1.0)
-
-    values = tuple(value * everywhere * factor(layer) for layer, value in enumerate(column.values))
-    return replace(column, values=values, outside={place: value * factor(place)
-                                                   for place, value in column.outside.items()})
+    values = tuple(value * factors.get(layer, 1.0) for layer, value in enumerate(column.values))
+    outside = {place: value * factors.get(place, 1.0) for place, value in column.outside.items()}
+    return replace(column, values=values, outside=outside)
