@@ -144,10 +144,10 @@ def factors(weight_OI: Tensor, rank: int, gram_II: Tensor | None = None, method:
     if method != "plain" and gram_II is not None:
         check_gram(gram_II, weight_OI.shape[1], what)
     if method == "plain" or gram_II is None or not bool(gram_II.any()):
-        b_OR = _axes(weight_OI, None)[1][:, :rank]
+        b_OR = axes(weight_OI, None)[1][:, :rank]
         return b_OR, b_OR.T @ weight_OI
     gram_II = gram_II.to(weight_OI)
-    energy_K, axes_OK = _axes(weight_OI, gram_II)
+    energy_K, axes_OK = axes(weight_OI, gram_II)
     if float(energy_K[rank - 1]) <= NOISE * len(gram_II) * float(energy_K[0]):
         _check_directions(gram_II, rank, what)
     b_OR = axes_OK[:, :rank]
@@ -177,7 +177,7 @@ def gram_rank(gram_II: Tensor) -> int:
     return int((energy_L > NOISE * energy_L[-1]).sum())
 
 
-def _axes(weight_OI: Tensor, gram_II: Tensor | None) -> tuple[Tensor, Tensor]:
+def axes(weight_OI: Tensor, gram_II: Tensor | None) -> tuple[Tensor, Tensor]:
     """Eigenvalues [K] of W G W', largest first, and their eigenvectors as columns [O, K]."""
     basis_OK, core_KK = core(weight_OI, gram_II)
     energy_K, axes_KK = torch.linalg.eigh((core_KK + core_KK.T) / 2)

@@ -19,7 +19,7 @@ from layerwise.spec import Format
 from layerwise.transform.gains import gained
 from layerwise.transform.gptq import factorised
 from layerwise.transform.gptq import output_error as error_rows
-from layerwise.transform.low_rank import core, factors
+from layerwise.transform.low_rank import axes, core
 from layerwise.transform.narrow import damped, ranked
 from layerwise.transform.quantize import SEARCH_STEPS, SWEEPS, Method
 from layerwise.transform.rounding import round_to_nearest
@@ -85,9 +85,9 @@ def low_rank_errors(weight_OI: Tensor, gram_II: Tensor | None = None) -> Tensor:
 @torch.no_grad()
 def rank_errors(weight_OI: Tensor, gram_II: Tensor, ranks: Sequence[int], felt_O: Tensor) -> list[float]:
     """The error of the factors of each rank that are best for W, where it counts `felt_O` times in each output."""
-    basis_OR, _ = factors(weight_OI, max(ranks), gram_II)
-    weight_OI = weight_OI.to(basis_OR)
-    left = (weight_OI - basis_OR[:, :rank] @ (basis_OR[:, :rank].T @ weight_OI) for rank in ranks)
+    weight_OI = weight_OI.double()
+    _, axes_OK = axes(weight_OI, gram_II.double())
+    left = (weight_OI - axes_OK[:, :rank] @ (axes_OK[:, :rank].T @ weight_OI) for rank in ranks)
     return [energy(gained(left_OI, felt_O), gram_II) for left_OI in left]
 
 

@@ -119,6 +119,18 @@ def test_what_predictions_feel_is_what_counts() -> None:
     assert replace(one, sensitivity=()).to_json()["sensitivity"] is None
 
 
+def test_inputs_that_span_few_directions_are_no_error() -> None:
+    """70 of 96 channels are dead, so that fewer directions are seen than the largest rank has."""
+    stack = random_stack(1, row=ROW)
+    block = cast(Block, stack.block(0))
+    for name in ("gate", "up"):
+        block.matrix(name).weight.data[:70] = 0.0  # type: ignore[union-attr]
+    one = OutputError(("3/16",), "nearest", ranks=(0.9, 0.2), sensitivity=(torch.ones(64),))
+    found = measure(stack, TOKENS, [one], progress=False)
+    most, few = (found[f"output-error:down:rank {share}"].values[0] for share in one.ranks)
+    assert 0 <= most < 1e-9 and few > 0.01
+
+
 def test_errors_on_unseen_tokens_grow_with_what_was_fitted() -> None:
     """Least squares with 40 unknowns on 160 samples, where noise is all that they see."""
     generator = torch.Generator().manual_seed(0)
