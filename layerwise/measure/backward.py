@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, C hidden width, P positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -81,11 +81,11 @@ def state_pass(stack: Stack, inputs: Inputs, instruments: Sequence[StateGradient
 
 def trail(stack: Stack, item: Input, progress: Progress) -> list[State]:
     """The states entering every layer, and the one that leaves the last."""
-    trail = [item.start(stack)]
+    states = [item.start(stack)]
     for layer in range(len(stack)):
-        trail.append(stack.run(trail[-1], slice(layer, layer + 1)))
+        states.append(stack.run(states[-1], slice(layer, layer + 1)))
         progress.step()
-    return trail
+    return states
 
 
 def places(item: Input) -> Tensor:
@@ -107,14 +107,22 @@ def _loss_gradient(stack: Stack, item: Input, last: State, count: int) -> Tensor
             return torch.autograd.grad(loss, hidden)[0]
     assert item.tokens_BT is not None
     targets_N = item.tokens_BT.flatten().roll(-1).to(last.hidden.device)
+    return head_gradient(stack, item, last, lambda logits_PV, place_P: F.cross_entropy(
+        logits_PV, targets_N[place_P], reduction="sum") / count)
+
+
+def head_gradient(stack: Stack, item: Input, last: State, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Gradient with respect to the last hidden states, [B, T, C], of a sum over predictions, some of them at a time.
+
+    `value` gives their part of the sum from their logits, [P, V] in float32, and their places, [P].
+    """
     hidden_NC = last.hidden.flatten(0, 1)
     gradient_NC = torch.zeros_like(hidden_NC)
     for place_P in places(item).to(hidden_NC.device).split(max(1, CHUNK // stack.spec.vocabulary)):
         with torch.enable_grad():
             rows_PC = hidden_NC[place_P].requires_grad_()
             logits_1PV: Tensor = stack.finish(last.moved(rows_PC[None], len(stack)))
-            loss = F.cross_entropy(logits_1PV[0].float(), targets_N[place_P], reduction="sum") / count
-            gradient_NC[place_P] = torch.autograd.grad(loss, rows_PC)[0]
+            gradient_NC[place_P] = torch.autograd.grad(value(logits_1PV[0].float(), place_P), rows_PC)[0]
     return gradient_NC.view_as(last.hidden)
 
 

@@ -113,7 +113,7 @@ class OutputError(Reading):
             raise BadOption(f"{self.name} of {stack.name}", expected="a decoder language model",
                             do="measure what needs only 'input' and 'output'")
         found: dict[str, float] = {}
-        gram_of = grams(block, layer, states)
+        gram_of, tokens = grams(block, layer, states), sum(state.hidden.shape[:2].numel() for state in states)
         for name, matrix in block.matrices().items():
             if name in gram_of:
                 weight_OI, gram_II, what = values(matrix), gram_of[name], f"matrix {name!r} of layer {layer}"
@@ -121,7 +121,7 @@ class OutputError(Reading):
                 errors = self.of_matrix(weight_OI, gram_II, what, _both(gain_O, felt_O))
                 found |= {f"{name}:{part}": error for part, error in errors.items()}
                 found |= self._structural(gained(weight_OI, gain_O), gram_II, felt_O, name, stack.spec.rows[layer],
-                                          sum(state.hidden.shape[:2].numel() for state in states))
+                                          tokens)
         if self.rotated and rotatable(stack.spec.rows, layer):
             found |= self._after_rotation(block, layer, stack.spec.rows[layer], gram_of)
         return found
@@ -172,7 +172,8 @@ class OutputError(Reading):
         gram_CC = table_gram(normed(stack, states), stack.spec.tied)
         place, table = ("embedding", stack.decoder.embedding) if stack.spec.tied else ("head", stack.decoder.head)
         assert table is not None
-        weight_VC = sampled(values(table), TABLE_ROWS)
+        weight_VC = values(table)
+        weight_VC = weight_VC[picked(len(weight_VC), TABLE_ROWS)[0].to(weight_VC.device)].float()
         found = {}
         for label, format in self._formats():
             plain, better = (_total(weight_VC, gram_CC, rounded_by(method, weight_VC, format, gram), format)
@@ -183,7 +184,7 @@ class OutputError(Reading):
     def of_matrix(self, weight_OI: Tensor, gram_II: Tensor, what: str = "the matrix",
                   gain_O: Tensor | None = None) -> dict[str, float]:
         """Relative squared output error by format label, and of the probe."""
-        row_S, times_S = picked(len(weight_OI), gain_O)
+        row_S, times_S = picked(len(weight_OI), ROWS, gain_O)
         weight_OI = weight_OI[row_S.to(weight_OI.device)].float()
         whole = float(times_S.to(weight_OI) @ ((weight_OI @ gram_II) * weight_OI).sum(1)) or 1.0
         importance_I = gram_II.diagonal()
@@ -214,11 +215,6 @@ def _both(gain_O: Tensor | None, felt_O: Tensor | None) -> Tensor | None:
     return felt_O if gain_O is None else gain_O if felt_O is None else felt_O * gain_O.to(felt_O)
 
 
-def sampled(weight_OI: Tensor, rows: int) -> Tensor:
-    """About so many rows, evenly spaced, float32."""
-    return weight_OI[:: max(1, len(weight_OI) // rows)].float()
-
-
 def units_of(row: LayerSpec) -> dict[str, int]:
     """How many units the inputs of `o` and `down` come in that a layer can have fewer of: heads and channels."""
     found = {}
@@ -235,16 +231,16 @@ def kept_units(share: float, units: int, name: str) -> int:
     return max(1, kept if name == "o" or units < 2 * STEP else kept // STEP * STEP)
 
 
-def picked(outputs: int, gain_O: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(places, times): about ROWS outputs that stand for all, and how often each counts.
+def picked(outputs: int, rows: int, gain_O: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(places, times): about `rows` outputs that stand for all, and how often each counts.
 
     Evenly spaced; with gains, evenly spaced along the sum of their squares, so that large ones count more often.
     """
     if gain_O is None:
-        row_S = torch.arange(0, outputs, max(1, outputs // ROWS))
+        row_S = torch.arange(0, outputs, max(1, outputs // rows))
         return row_S, torch.ones(len(row_S))
     upto_O = gain_O.double().cpu().square().cumsum(0)
-    place_S = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS * upto_O[-1]
+    place_S = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows * upto_O[-1]
     row_S, times_S = torch.searchsorted(upto_O, place_S).unique(return_counts=True)
     return row_S, times_S.float()
 

@@ -8,7 +8,7 @@ energy and bear most errors. The gradients of all predictions of a batch are sum
 backward serves them all, and what they have in common cancels on average. Source of the matrix: Martens, New insights
 and perspectives on the natural gradient method, 2020 (arXiv 1412.1193); reading errors by it is our own.
 
-Shapes: B rows, T tokens, P positions, V vocabulary, C hidden width.
+Shapes: B rows, T tokens, P predictions, V vocabulary, C hidden width.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.measure.backward import below, places, trail
-from layerwise.measure.ending import CHUNK
-from layerwise.measure.inputs import Input, Inputs
+from layerwise.measure.backward import below, head_gradient, places, trail
+from layerwise.measure.inputs import Inputs
 from layerwise.measure.progress import Progress
-from layerwise.stack.base import State
 from layerwise.stack.decoder import DecoderStack
 
 DRAWS = 2
@@ -42,7 +40,7 @@ def stream_sensitivity(stack: DecoderStack, data: Any, *, draws: int = DRAWS, se
         for batch, item in enumerate(items):
             states = trail(stack, item, bar)
             for _ in range(draws):
-                arriving_BTC = _drawn(stack, item, states[-1], generator)
+                arriving_BTC = head_gradient(stack, item, states[-1], lambda logits_PV, _: _drawn(logits_PV, generator))
                 for layer in reversed(range(len(stack))):
                     sums[layer] += arriving_BTC.float().square().sum((0, 1))
                     if layer:
@@ -51,16 +49,9 @@ def stream_sensitivity(stack: DecoderStack, data: Any, *, draws: int = DRAWS, se
     return tuple(sum_C / count for sum_C in sums)
 
 
-def _drawn(stack: DecoderStack, item: Input, last: State, generator: torch.Generator) -> Tensor:
-    """Gradient of the sum, with random signs, of log-probabilities of drawn tokens, at the last states [B, T, C]."""
-    hidden_NC = last.hidden.flatten(0, 1)
-    gradient_NC = torch.zeros_like(hidden_NC)
-    for place_P in places(item).to(hidden_NC.device).split(max(1, CHUNK // stack.spec.vocabulary)):
-        with torch.enable_grad():
-            rows_PC = hidden_NC[place_P].requires_grad_()
-            logits_1PV: Tensor = stack.finish(last.moved(rows_PC[None], len(stack)))
-            log_p_PV = torch.log_softmax(logits_1PV[0].float(), -1)
-            token_P1 = torch.multinomial(log_p_PV.detach().exp().cpu(), 1, generator=generator).to(log_p_PV.device)
-            sign_P1 = torch.randint(0, 2, token_P1.shape, generator=generator).to(log_p_PV) * 2 - 1
-            gradient_NC[place_P] = torch.autograd.grad((log_p_PV.gather(1, token_P1) * sign_P1).sum(), rows_PC)[0]
-    return gradient_NC.view_as(last.hidden)
+def _drawn(logits_PV: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum, with random signs, of the log-probabilities of tokens drawn from these predictions."""
+    log_p_PV = torch.log_softmax(logits_PV, -1)
+    token_P1 = torch.multinomial(log_p_PV.detach().exp().cpu(), 1, generator=generator).to(log_p_PV.device)
+    sign_P1 = torch.randint(0, 2, token_P1.shape, generator=generator).to(log_p_PV) * 2 - 1
+    return (log_p_PV.gather(1, token_P1) * sign_P1).sum()

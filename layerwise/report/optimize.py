@@ -233,9 +233,7 @@ def measured_for(
 def sensitivity_for(stack: Stack, trial: TextData, alternatives: Sequence[Alternative], seed: int = 0,
                     progress: bool = False) -> tuple[Tensor, ...]:
     """What predictions feel of each channel of the stream, where alternatives need that and it can be known."""
-    spec = stack.spec
-    packed = spec.embedding_format or spec.head_format or any(row.formats for row in spec.rows)
-    if not isinstance(stack, DecoderStack) or not felt(alternatives) or packed:
+    if not isinstance(stack, DecoderStack) or not felt(alternatives) or stack.spec.packed():
         return ()
     return stream_sensitivity(stack, trial, seed=seed, progress=progress)
 
