@@ -1,9 +1,10 @@
-/* Attention straight from blocks of slots for any number of tokens, computed in float32 unless there is a faster way.
+/* Attention straight from blocks of slots for any number of tokens, computed in float32, or in bfloat16 on processors that
+   multiply pairs of it; softmax and sums are in float32 always. `unit_attend.c` has it for a matrix unit.
 
    Queries and keys are normed head by head where there are norms, and rotated, and new keys and values go to their slots.
    A group is tokens whose sequences begin with the same blocks, with the heads that read the same keys (`groups.h`). Its
-   queries are the rows of two products with panels: keys, widened and turned over, of COLUMNS slots at a time, then values
-   as they lie. Keys and values may be kept as codes (`nets/key_codes.py`). Softmax goes along with the spans of slots. What
+   queries are the rows of two products with panels: keys, turned over, of COLUMNS slots at a time, then values as they lie.
+   A step of a panel is a number, or a pair in bfloat16: of channels of a key, of slots of values. Keys and values may be kept as codes (`nets/key_codes.py`). Softmax goes along with the spans of slots. What
    a token gets does not depend on its group. */
 
 #include "groups.h"
@@ -20,10 +21,10 @@ typedef struct {
 
 /* What one thread works in. */
 typedef struct {
-    float *queries;        /* [QUERIES, width] */
-    float *logits;         /* [QUERIES, SPAN] */
-    float *values, *out;   /* [SPAN, whole] and [QUERIES, whole]; `whole` is the width in whole panels, zero beyond it */
-    float *widened, *keys; /* [COLUMNS, width], and the same turned over */
+    float *queries;        /* [QUERIES, steps] */
+    float *logits;         /* [QUERIES, SPAN]; weights in pairs take the first half of a row */
+    float *values, *out;   /* [steps of SPAN, whole] and [QUERIES, whole]; `whole` is the width in whole panels, zero beyond */
+    float *widened, *keys; /* [COLUMNS, steps], and the same turned over */
     float most[QUERIES], sum[QUERIES];
     Sight sights[QUERIES];
 } Room;
@@ -31,11 +32,16 @@ typedef struct {
 /* Numbers that share a step in 4 bits. */
 INLINE int64_t group_of(int64_t width) { return (width & -width) < 32 ? width & -width : 32; }
 
+INLINE int in_bfloat16(int kept) { return kept == KEPT_BFLOAT16 || kept == KEPT_PAIRS; }
+
+/* Steps of so many numbers. */
+INLINE int64_t steps_of(int64_t numbers, int kept) { return kept == KEPT_PAIRS ? (numbers + 1) / 2 : numbers; }
+
 /* Puts the numbers of a head into slot `slot`, counted over all heads. */
 static void keep(void *pool, int64_t slot, const float *x, int64_t width, int kept) {
     const Codes *coded = pool;
-    if (kept < KEPT_INT8) {
-        for (int64_t i = 0; i < width; i += MANY) put_many(pool, slot * width + i, load_many(x + i), kept);
+    if (kept == KEPT_FLOAT32 || in_bfloat16(kept)) {
+        for (int64_t i = 0; i < width; i += MANY) put_many(pool, slot * width + i, load_many(x + i), in_bfloat16(kept));
     } else if (kept == KEPT_INT8) {
         float most = 0;
         for (int64_t i = 0; i < width; i++) most = fabsf(x[i]) > most || x[i] != x[i] ? fabsf(x[i]) : most;
@@ -108,32 +114,58 @@ static void enter(const Shape *a, const Places *p, const HeadNorms *norms, int64
     }
 }
 
-/* The slots of a span, from `from` to the one before `to`, that some tokens of a group see. */
+/* Where a slot is in the pool, counted over all heads. */
+INLINE int64_t place_of(const Shape *a, const int64_t *table, int64_t kv_head, int64_t slot) {
+    return kv_head * a->slots + table[slot / a->block] * a->block + slot % a->block;
+}
+
+/* The slots of a span, counted from its first one on, from `from` to the one before `to`, that some tokens of a group see, and where each is; those before
+   are taken to be where the first is, and those behind where the last is. */
 typedef struct {
-    const int64_t *table;
-    int64_t kv_head, span, from, to;
+    int64_t from, to, at[SPAN];
 } Slots;
 
-/* Where in the pool a slot is, counted over all heads. */
-INLINE int64_t place_of(const Shape *a, const Slots *seen, int64_t slot) {
-    return seen->kv_head * a->slots + seen->table[slot / a->block] * a->block + slot % a->block;
+INLINE void find_slots(const Shape *a, const int64_t *table, int64_t kv_head, int64_t span, int64_t from, int64_t to,
+                       Slots *slots) {
+    int64_t at = place_of(a, table, kv_head, from), left = a->block - from % a->block;
+    for (int64_t j = 0; j < SPAN; j++) {
+        slots->at[j] = at;
+        if (span + j < from || span + j + 1 >= to) continue;
+        at++;
+        if (--left == 0) at = place_of(a, table, kv_head, span + j + 1), left = a->block;
+    }
+    slots->from = from - span, slots->to = to - span;
 }
 
 INLINE int64_t whole(int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
-/* Numbers of slots as float32, a row each, `apart`; those that are not seen are zero. */
-INLINE void widen(const Shape *a, const Slots *seen, int64_t slot, int64_t count, const void *from, float *to,
-                  int64_t apart, int64_t width, int kept) {
+/* Numbers of `count` slots from `slot` on as float32, a row each, `apart`; those that are not seen are zero. */
+INLINE void widen(const Slots *slots, int64_t slot, int64_t count, const void *from, float *to, int64_t apart,
+                  int64_t width, int kept) {
     for (int64_t j = slot; j < slot + count; j++, to += apart) {
-        if (j < seen->from || j >= seen->to) memset(to, 0, width * sizeof *to);
-        else read_kept(from, place_of(a, seen, j), to, width, kept);
+        if (j < slots->from || j >= slots->to) memset(to, 0, width * sizeof *to);
+        else read_kept(from, slots->at[j], to, width, kept);
+    }
+}
+
+/* The values of a span, pair by pair of slots; those of slots that are not seen are zero. */
+INLINE void pair_values(const Slots *slots, const bf16 *v, float *to, int64_t apart, int64_t width) {
+    static const bf16 none[WIDEST];
+    for (int64_t j = 0; j < SPAN; j += 2, to += apart) {
+        const bf16 *of[2];
+        for (int n = 0; n < 2; n++)
+            of[n] = j + n < slots->from || j + n >= slots->to ? none : v + slots->at[j + n] * width;
+        for (int64_t i = 0; i < width; i++) {
+            const uint32_t pair = of[0][i] | (uint32_t)of[1][i] << 16;
+            memcpy(to + i, &pair, sizeof pair);
+        }
     }
 }
 
 /* The keys of COLUMNS slots from `slot` on, turned over; those of slots that are not seen are any. */
-INLINE void turn_keys(const Shape *a, const Slots *seen, int64_t slot, const void *k, Room *room, int64_t width, int kept) {
-    if (kept != KEPT_BFLOAT16) {
-        widen(a, seen, slot, COLUMNS, k, room->widened, width, width, kept);
+INLINE void turn_keys(const Slots *slots, int64_t slot, const void *k, Room *room, int64_t width, int kept) {
+    if (!in_bfloat16(kept)) {
+        widen(slots, slot, COLUMNS, k, room->widened, width, width, kept);
         for (int64_t i = 0; i < width; i += MANY)
             for (int64_t j = 0; j < COLUMNS; j += MANY)
                 turn_over(room->widened + j * width + i, width, room->keys + i * COLUMNS + j);
@@ -141,33 +173,37 @@ INLINE void turn_keys(const Shape *a, const Slots *seen, int64_t slot, const voi
     }
     for (int64_t j = 0; j < COLUMNS; j += SIXTEEN) {
         const bf16 *rows[SIXTEEN];
-        for (int64_t n = 0; n < SIXTEEN; n++) {
-            const int64_t s = slot + j + n, there = s < seen->from ? seen->from : s < seen->to ? s : seen->to - 1;
-            rows[n] = (const bf16 *)k + place_of(a, seen, there) * width;
-        }
-        for (int64_t i = 0; i < width; i += MANY) widen_over(rows, i, room->keys + i * COLUMNS + j);
+        for (int64_t n = 0; n < SIXTEEN; n++) rows[n] = (const bf16 *)k + slots->at[slot + j + n] * width;
+        if (kept == KEPT_BFLOAT16)
+            for (int64_t i = 0; i < width; i += MANY) widen_over(rows, i, room->keys + i * COLUMNS + j);
+        else
+            for (int64_t i = 0; i < width / 2; i += MANY)
+                for (int64_t n = 0; n < SIXTEEN; n += MANY)
+                    turn_over_rows((const float *const *)rows + n, i, room->keys + i * COLUMNS + j + n);
     }
 }
 
-/* Keys and values of the slots of the next span, as far as there is one, on their way into the cache. */
-INLINE void fetch_next(const Shape *a, const Slots *seen, int64_t end, const void *k, const void *v, int64_t width,
-                       int kept) {
-    if (kept >= KEPT_INT8) k = ((const Codes *)k)->codes, v = ((const Codes *)v)->codes;
-    const int64_t bits = kept == KEPT_FLOAT32 ? 32 : kept == KEPT_BFLOAT16 ? 16 : kept == KEPT_INT8 ? 8 : 4;
+/* Keys and values of the slots from `from` to the one before `to` on their way into the second cache. */
+INLINE void fetch_slots(const Shape *a, const int64_t *table, int64_t kv_head, int64_t from, int64_t to, const void *k,
+                        const void *v, int64_t width, int kept) {
+    if (kept == KEPT_INT8 || kept == KEPT_INT4) k = ((const Codes *)k)->codes, v = ((const Codes *)v)->codes;
+    const int64_t bits = kept == KEPT_FLOAT32 ? 32 : in_bfloat16(kept) ? 16 : kept == KEPT_INT8 ? 8 : 4;
     const int64_t size = width * bits / 8;
-    for (int64_t j = seen->span + SPAN; j < seen->span + 2 * SPAN && j < end; j++) {
-        const int64_t at = place_of(a, seen, j) * size;
-        for (int64_t i = 0; i < size; i += LINE)
-            __builtin_prefetch((const char *)k + at + i), __builtin_prefetch((const char *)v + at + i);
+    for (int64_t slot = from, next; slot < to; slot = next) {
+        next = (slot / a->block + 1) * a->block < to ? (slot / a->block + 1) * a->block : to;
+        const int64_t at = place_of(a, table, kv_head, slot) * size;
+        for (int64_t i = 0; i < (next - slot) * size; i += LINE)
+            __builtin_prefetch((const char *)k + at + i, 0, 2), __builtin_prefetch((const char *)v + at + i, 0, 2);
     }
 }
 
 /* Logits of `count` queries from query `m` on with the keys of COLUMNS slots. */
-INLINE void logits_of(Room *room, int64_t m, int count, int64_t column, int64_t width) {
+INLINE void logits_of(Room *room, int64_t m, int count, int64_t column, int64_t width, int kept) {
+    const int64_t steps = steps_of(width, kept);
     wide sum[ROWS_OF_SUMS][2];
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) sum[r][0] = sum[r][1] = (wide){0};
-    add_panel(room->queries + m * width, width, room->keys, COLUMNS, width, count, 0, sum);
+    add_panel(room->queries + m * steps, steps, room->keys, COLUMNS, steps, count, kept == KEPT_PAIRS, sum);
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) {
         store_wide(room->logits + (m + r) * SPAN + column, sum[r][0]);
@@ -176,45 +212,40 @@ INLINE void logits_of(Room *room, int64_t m, int count, int64_t column, int64_t 
 }
 
 /* What `count` queries from query `m` on read of COLUMNS channels, of slots `low` to the one before `high` of a span. */
-INLINE void values_of(Room *room, int64_t m, int count, int64_t channel, int64_t low, int64_t high, int64_t width) {
+INLINE void values_of(Room *room, int64_t m, int count, int64_t channel, int64_t low, int64_t high, int64_t width, int kept) {
     wide sum[ROWS_OF_SUMS][2];
-    const int64_t apart = whole(width);
+    const int64_t apart = whole(width), from = kept == KEPT_PAIRS ? low / 2 : low, steps = steps_of(high, kept) - from;
     float *out = room->out + m * apart + channel;
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) sum[r][0] = load_wide(out + r * apart), sum[r][1] = load_wide(out + r * apart + WIDE);
-    add_panel(room->logits + m * SPAN + low, SPAN, room->values + low * apart + channel, apart, high - low, count, 0,
-              sum);
+    add_panel(room->logits + m * SPAN + from, SPAN, room->values + from * apart + channel, apart, steps, count,
+              kept == KEPT_PAIRS, sum);
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) store_wide(out + r * apart, sum[r][0]), store_wide(out + r * apart + WIDE, sum[r][1]);
 }
 
-INLINE many larger(many a, many b) {
-    const many_ints more = a > b;
-    return (many)(((many_ints)a & more) | ((many_ints)b & ~more));
-}
-
-/* Logits of one query become weights; what it has of spans before is scaled to the same largest logit. */
-static void weigh(const Sight *seen, int64_t span, float softcap, float *logits, float *most, float *sum, float *out,
-                  int64_t width) {
+/* Logits of one query become weights, or pairs of them; what it has of spans before is scaled to the same largest logit. */
+INLINE void weigh(const Sight *seen, int64_t span, float softcap, float *logits, float *most, float *sum, float *out,
+                  int64_t width, int kept) {
     if (softcap != 0)
         for (int64_t j = 0; j < SPAN; j++) logits[j] = softcap * tanhf(logits[j] / softcap);
     for (int64_t j = 0; j < seen->from - span; j++) logits[j] = HIDDEN;
     for (int64_t j = seen->to - span; j < SPAN; j++) logits[j] = HIDDEN;
-    many highest = load_many(logits), total = {0};
-    for (int64_t j = MANY; j < SPAN; j += MANY) highest = larger(highest, load_many(logits + j));
-    float here = highest[0];
-    for (int i = 1; i < MANY; i++) here = highest[i] > here ? highest[i] : here;
+    wide highest = load_wide(logits), total = {0};
+    for (int64_t j = WIDE; j < SPAN; j += WIDE) highest = larger(highest, load_wide(logits + j));
+    const float here = most_of_wide(highest);
     if (here > *most) {
         const float scale = expf(*most - here);
         *most = here, *sum *= scale;
         for (int64_t i = 0; i < width; i += MANY) put_many(out, i, load_many(out + i) * scale, 0);
     }
-    for (int64_t j = 0; j < SPAN; j += MANY) {
-        const many weight = exp_of(load_many(logits + j) - *most);
-        put_many(logits, j, weight, 0);
-        total += weight;
+    for (int64_t j = 0; j < SPAN; j += WIDE) {
+        const wide weights = weight_of(load_wide(logits + j) - *most);
+        total += weights;
+        if (kept == KEPT_PAIRS) put_wide(logits, j, weights);
+        else store_wide(logits + j, weights);
     }
-    *sum += sum_of_many(total);
+    *sum += sum_of_wide(total);
 }
 
 /* Tokens from `first` to the one before `stop` of a group see slots of a span, in the same blocks. */
@@ -223,31 +254,35 @@ INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, in
     const Range all = range_of(room->sights, first, stop);
     const int64_t from = all.from < span ? span : all.from, to = all.to > span + SPAN ? span + SPAN : all.to;
     if (from >= to) return;
-    const Slots seen = {room->sights[first].table, g->kv_head, span, from, to};
     const int64_t low = (from - span) / COLUMNS * COLUMNS, high = to - span, after = stop * g->heads;
-    fetch_next(a, &seen, room->sights[first].to, k, v, width, kept);
+    const Sight *one = room->sights + first;
+    const int64_t end = one->to < span + 2 * SPAN ? one->to : span + 2 * SPAN;
+    Slots slots;
+    find_slots(a, one->table, g->kv_head, span, from, to, &slots);
+    fetch_slots(a, one->table, g->kv_head, span + SPAN, end, k, v, width, kept);
     for (int64_t column = low, some; column < high; column += COLUMNS) {
-        turn_keys(a, &seen, span + column, k, room, width, kept);
+        turn_keys(&slots, column, k, room, width, kept);
         for (int64_t m = first * g->heads; m < after; m += some) {
             some = rows_at_once(after - m);
-#define TAKE(n) logits_of(room, m, n, column, width)
+#define TAKE(n) logits_of(room, m, n, column, width, kept)
             WITH_ROWS(some, TAKE)
 #undef TAKE
         }
     }
-    widen(a, &seen, span, SPAN, v, room->values, whole(width), width, kept);
+    if (kept == KEPT_PAIRS) pair_values(&slots, v, room->values, whole(width), width);
+    else widen(&slots, 0, SPAN, v, room->values, whole(width), width, kept);
     for (int64_t t = first; t < stop; t++)
         for (int64_t m = t * g->heads; m < (t + 1) * g->heads; m++) {
             Sight sight = room->sights[t];
             sight.from = sight.from > from ? sight.from : from, sight.to = sight.to < to ? sight.to : to;
             sight.from = sight.from < to ? sight.from : to, sight.to = sight.to > span ? sight.to : span;
             weigh(&sight, span, a->softcap, room->logits + m * SPAN, room->most + m, room->sum + m,
-                  room->out + m * whole(width), width);
+                  room->out + m * whole(width), width, kept);
         }
     for (int64_t channel = 0; channel < width; channel += COLUMNS)
         for (int64_t m = first * g->heads, some; m < after; m += some) {
             some = rows_at_once(after - m);
-#define TAKE(n) values_of(room, m, n, channel, from - span, high, width)
+#define TAKE(n) values_of(room, m, n, channel, from - span, high, width, kept)
             WITH_ROWS(some, TAKE)
 #undef TAKE
         }
@@ -257,8 +292,10 @@ INLINE void group_in(const Shape *a, const Places *p, const Group *g, const floa
                      void *out, Room *room, int64_t width, int half, int kept) {
     for (int64_t t = 0; t < g->tokens; t++) {
         const Sight seen = room->sights[t] = sight_of(a, p, p->order[g->first + t]);
-        memcpy(room->queries + t * g->heads * width, q + (seen.token * a->heads + g->head) * width,
-               g->heads * width * sizeof *q);
+        const int64_t numbers = g->heads * width;
+        const float *from = q + (seen.token * a->heads + g->head) * width;
+        float *to = room->queries + t * g->heads * steps_of(width, kept);
+        for (int64_t i = 0; i < numbers; i += MANY) put_many(to, i, load_many(from + i), kept == KEPT_PAIRS);
     }
     for (int64_t m = 0; m < g->tokens * g->heads; m++) room->most[m] = LOWEST, room->sum[m] = 0;
     memset(room->out, 0, g->tokens * g->heads * whole(width) * sizeof *room->out);
@@ -276,7 +313,7 @@ INLINE void group_in(const Shape *a, const Places *p, const Group *g, const floa
     }
 }
 
-static int in_float32(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
+static int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
                       const void *cos, const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
     const int64_t width = a->width, group = a->heads / a->kv_heads, heads = group < QUERIES ? group : QUERIES;
     const int64_t most = QUERIES / heads, parts = (group + heads - 1) / heads;
@@ -303,7 +340,9 @@ static int in_float32(const Shape *a, const Places *p, const HeadNorms *norms, i
             const int64_t first = from[i % count], kv_head = i / count / parts, at = i / count % parts * heads;
             const Group g = {first, grouped(a, p, first, tokens, most), kv_head, kv_head * group + at,
                              group - at < heads ? group - at : heads};
-            if (width == 64 && kept == KEPT_BFLOAT16) group_in(a, p, &g, q, k, v, out, room, 64, half, KEPT_BFLOAT16);
+            if (width == 64 && kept == KEPT_PAIRS) group_in(a, p, &g, q, k, v, out, room, 64, 1, KEPT_PAIRS);
+            else if (kept == KEPT_PAIRS) group_in(a, p, &g, q, k, v, out, room, width, 1, KEPT_PAIRS);
+            else if (width == 64 && kept == KEPT_BFLOAT16) group_in(a, p, &g, q, k, v, out, room, 64, half, KEPT_BFLOAT16);
             else if (kept == KEPT_INT8) group_in(a, p, &g, q, k, v, out, room, width, half, KEPT_INT8);
             else if (kept == KEPT_INT4) group_in(a, p, &g, q, k, v, out, room, width, half, KEPT_INT4);
             else group_in(a, p, &g, q, k, v, out, room, width, half, kept);
@@ -320,6 +359,6 @@ int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t toke
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
     const int plain = half && kept == KEPT_BFLOAT16;
     if (plain && unit_attends(a)) return unit_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
-    if (plain && tiles(a)) return attend_tiles(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
-    return in_float32(a, p, norms, tokens, qkv, cos, sin, k, v, out, half, kept, threads);
+    const int as = plain && multiplies_pairs() && a->width % (2 * MANY) == 0 ? KEPT_PAIRS : kept;
+    return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, half, as, threads);
 }

@@ -1,7 +1,7 @@
 """Attention straight from blocks of slots, in one call: norms and rotation, writing to the pools, softmax.
 
-In bfloat16 by a matrix unit (`unit_attend.c`) or pair by pair (`tiles.c`) where the processor and the heads allow it,
-else in float32 (`attend.c`), from keys and values as numbers or as codes.
+In bfloat16 by a matrix unit (`unit_attend.c`) or pair by pair (`attend.c`) where the processor and the heads allow it,
+else in float32 (`attend.c` as well), from keys and values as numbers or as codes.
 
 Shapes: N tokens, R sequences, M blocks of the longest, H query heads, K key heads, S slots of a pool, D head width.
 """

@@ -1,9 +1,9 @@
 """The functions in C, compiled for this processor on first use.
 
 Few new tokens pass a layer in forty small calls of torch, whose int4 kernels for a CPU read at a third of the speed of
-memory. These functions do what decoding needs instead, and what prompts need as well: in float32 by `panels.c` and
-`attend.c`, in bfloat16 by `unit.c`, `unit_attend.c` and `tiles.c` on processors that these are made for. They are
-compiled once, in four seconds, where there is a C compiler with OpenMP, and kept in the cache folder.
+memory. These functions do what decoding needs instead, and what prompts need as well, in float32, or in bfloat16 on
+processors that multiply pairs of it or have a matrix unit. They are compiled once, in four seconds, where there is a C
+compiler with OpenMP, and kept in the cache folder.
 Nothing depends on them: without a compiler, or with LAYERWISE_NATIVE=0 in the environment, torch's kernels are used.
 """
 
@@ -26,7 +26,7 @@ from layerwise.places import cache_folder
 
 SOURCES = [Path(__file__).with_name(name) for name in (
     "native.h", "wide.h", "half.h", "packed.h", "outputs.h", "groups.h", "native.c", "codes.c", "codes_wide.c",
-    "dense.c", "pairs.c", "panels.c", "unit.c", "attend.c", "tiles.c", "unit_attend.c", "block.c")]
+    "dense.c", "pairs.c", "panels.c", "unit.c", "attend.c", "unit_attend.c", "block.c")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
          "-ffp-contract=off",  # so that a row's numbers do not depend on how many rows are multiplied at once
          "-fopenmp", "-fPIC", "-shared")
@@ -51,8 +51,6 @@ def library() -> ctypes.CDLL | None:
     found.packed_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p]
     found.packed_numbers.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int]
     found.dense_product.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int]
-    found.panel_product.argtypes = found.dense_product.argtypes
-    found.panels_multiply_pairs.argtypes = [c_int64]
     found.rms_norm.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int, c_int]
     found.gate_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int, c_int]
     found.attend.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int, c_int]

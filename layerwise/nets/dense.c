@@ -3,16 +3,9 @@
 
 #include "wide.h"
 
-enum { STEP = 2 * WIDE };
+enum { STEP = 2 * WIDE, AHEAD = 8 }; /* numbers at once; outputs ahead of which memory is fetched */
 
 typedef uint32_t loose_pairs __attribute__((vector_size(4 * WIDE), aligned(2)));
-
-INLINE float sum_of_wide(wide x) {
-    many parts[WIDE / MANY];
-    memcpy(parts, &x, sizeof parts);
-    for (int i = 1; i < WIDE / MANY; i++) parts[0] += parts[i];
-    return sum_of_many(parts[0]);
-}
 
 /* One step of a matrix's numbers as floats: those at even places, then those at odd ones. */
 INLINE void load_step(const uint16_t *w, int kind, wide *even, wide *odd) {
@@ -38,7 +31,7 @@ INLINE void dense_tile(const uint16_t *w, const float *x, int64_t inputs, int ro
         wide even[OUTPUTS_AT_ONCE], odd[OUTPUTS_AT_ONCE];
 #pragma GCC unroll 4
         for (int o = 0; o < outputs; o++) {
-            __builtin_prefetch(w + (outputs + o) * inputs + i); /* the next tile: no hardware looks beyond a page */
+            __builtin_prefetch(w + (AHEAD + o) * inputs + i, 0, 2); /* into the second cache, as in pairs.c */
             load_step(w + o * inputs + i, kind, &even[o], &odd[o]);
         }
 #pragma GCC unroll 4
@@ -100,10 +93,10 @@ int dense_product(const Matrix *matrix, const void *x, int64_t rows, const float
     const uint16_t *w = (const uint16_t *)matrix->codes;
     if (half && unit_multiplies(outputs, inputs))
         return unit_product(&(Joined){{matrix}, {bias}}, x, rows, y, stride, threads);
-    if (rows > FEW_DENSE && (!half || panels_multiply_pairs(inputs)))
-        return panel_product(matrix, x, rows, bias, y, stride, half, threads);
-    float *sorted = half ? NULL : sorted_steps(x, rows, inputs);
-    if (!half && !sorted) return 1;
+    if (half) return pairs_product(matrix, x, rows, bias, y, stride, threads);
+    if (rows > FEW_DENSE) return panel_product(matrix, x, rows, bias, y, stride, threads);
+    float *sorted = sorted_steps(x, rows, inputs);
+    if (!sorted) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = 0; o < outputs; o += OUTPUTS_AT_ONCE)
         for (int64_t m = 0; m < rows; m += ROWS_AT_ONCE) {
@@ -111,12 +104,11 @@ int dense_product(const Matrix *matrix, const void *x, int64_t rows, const float
             const int here = outputs - o < OUTPUTS_AT_ONCE ? (int)(outputs - o) : OUTPUTS_AT_ONCE;
             float of[ROWS_AT_ONCE][OUTPUTS_AT_ONCE];
             const uint16_t *from = w + o * inputs;
-            if (half) pairs_outputs(from, (const bf16 *)x + m * inputs, inputs, some, here, of);
-            else if (matrix->kind == BFLOAT16)
+            if (matrix->kind == BFLOAT16)
                 dense_outputs(from, sorted + m * inputs, inputs, some, here, BFLOAT16, of);
             else dense_outputs(from, sorted + m * inputs, inputs, some, here, FLOAT16, of);
             for (int r = 0; r < some; r++)
-                for (int j = 0; j < here; j++) put(y, (m + r) * stride + o + j, of[r][j] + (bias ? bias[o + j] : 0), half);
+                for (int j = 0; j < here; j++) ((float *)y)[(m + r) * stride + o + j] = of[r][j] + (bias ? bias[o + j] : 0);
         }
     free(sorted);
     return 0;

@@ -14,19 +14,6 @@ INLINE __m512 values_from(const bf16 *x) {
 
 INLINE void store_narrow(bf16 *to, __m512 x) { _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
-static const float LOG2_OF_E = 1.44269504f;
-
-/* 2^x, its relative error below 2e-7, and exactly 1 for 0; 0 where float32 has no number for it. */
-INLINE __m512 two_to(__m512 x) {
-    const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-    __m512 p = _mm512_set1_ps(1.86713052e-3f);
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(9.01702978e-3f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(5.57999127e-2f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.240164444f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.693151295f));
-    return _mm512_scalef_ps(_mm512_fmadd_ps(p, part, _mm512_set1_ps(1)), x); /* by the whole number below x */
-}
-
 /* Sixteen rows of sixteen numbers of 32 bits become columns. */
 INLINE void turned_over(const bf16 *const rows[LANES], int64_t at, __m512i *to) {
     __m512i x[LANES], y[LANES];
@@ -50,24 +37,6 @@ INLINE void turned_over(const bf16 *const rows[LANES], int64_t at, __m512i *to) 
         to[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
         to[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
     }
-}
-
-/* Queries normed and turned, keys as well and to their slots with the values. */
-INLINE void enter(const Shape *a, const Places *p, const HeadNorms *norms, int64_t token, const bf16 *qkv,
-                  const void *cos, const void *sin, bf16 *q, bf16 *k, bf16 *v) {
-    const int64_t width = a->width, all = a->heads + 2 * a->kv_heads;
-    const float eps = norms ? norms->eps : 0;
-    float turned[WIDEST] __attribute__((aligned(LINE)));
-    for (int64_t h = 0; h < a->heads + a->kv_heads; h++) {
-        const int64_t of_key = h - a->heads;
-        const float *norm = !norms ? NULL : of_key < 0 ? norms->q : norms->k;
-        bf16 *to = of_key < 0 ? q + (token * a->heads + h) * width : k + (of_key * a->slots + p->slot[token]) * width;
-        turn(a, qkv, (token * all + h) * width, norm, eps, cos, sin, token, turned, 1);
-        for (int64_t i = 0; i < width; i += LANES) store_narrow(to + i, _mm512_load_ps(turned + i));
-    }
-    for (int64_t h = 0; h < a->kv_heads; h++)
-        memcpy(v + (h * a->slots + p->slot[token]) * width,
-               qkv + (token * all + a->heads + a->kv_heads + h) * width, width * sizeof *v);
 }
 
 #endif

@@ -40,8 +40,8 @@ static void fix_group(const float *x, int64_t group, int16_t *fixed, float *step
 /* y = x w' + bias; x [rows, inputs], y [rows, outputs] with rows `stride` apart. Gives 0, or 1 where memory ran out. */
 int packed_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                    int threads) {
-    if (rows > FEW_PACKED && (!half || panels_multiply_pairs(w->inputs)))
-        return panel_product(w, x, rows, bias, y, stride, half, threads);
+    if (rows > FEW_PACKED && !half) return panel_product(w, x, rows, bias, y, stride, threads);
+    if (rows > FEW_PACKED && multiplies_pairs()) return pairs_product(w, x, rows, bias, y, stride, threads);
     const int64_t inputs = w->inputs, outputs = w->outputs, groups = inputs / w->group;
     const int64_t whole = (groups + CHUNK - 1) / CHUNK * CHUNK, apart = (inputs + 2 * PIECE - 1) / (2 * PIECE) * 2 * PIECE;
     /* Vectors of x that do not straddle lines of the cache are read a third faster. */

@@ -72,8 +72,26 @@ INLINE void put_many(void *y, int64_t i, many value, int half) {
 /* Number i of x on its way into the cache; i may lie beyond the end. */
 INLINE void fetch(const void *x, int64_t i, int half) { __builtin_prefetch((const char *)x + i * (half ? 2 : 4)); }
 
-INLINE float sum_of_many(many x) {
+INLINE float sum_of_many(many x) { /* ((0 + 4) + (1 + 5)) + ((2 + 6) + (3 + 7)) */
+#ifdef __AVX__
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehdup_ps(four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehl_ps(two, two)));
+#else
     return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
+#endif
+}
+
+INLINE float most_of_many(many x) {
+#ifdef __AVX__
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehdup_ps(four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehl_ps(two, two)));
+#else
+    float most = x[0];
+    for (int i = 1; i < MANY; i++) most = x[i] > most ? x[i] : most;
+    return most;
+#endif
 }
 
 /* sum + a * b, rounded once where the processor can. */
@@ -101,6 +119,23 @@ INLINE many exp_of(many x) {
     return (many)(((many_ints)value & ~low & ~high) | (high & 0x7f800000));
 }
 
+#ifdef __AVX512DQ__
+
+static const float LOG2_OF_E = 1.44269504f;
+
+/* 2^x, its relative error below 2e-7, and exactly 1 for 0; 0 where float32 has no number for it. */
+INLINE __m512 two_to(__m512 x) {
+    const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 p = _mm512_set1_ps(1.86713052e-3f);
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(9.01702978e-3f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(5.57999127e-2f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.240164444f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.693151295f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, part, _mm512_set1_ps(1)), x); /* by the whole number below x */
+}
+
+#endif
+
 enum { NIBBLES = 4, BYTES = 8, SIGNED_BYTES = -8, BFLOAT16 = 16, FLOAT16 = -16 };
 
 /* Codes with scales, or, where `kind` is BFLOAT16 or FLOAT16, the numbers themselves. */
@@ -127,8 +162,9 @@ typedef struct {
     float scale, softcap;                    /* softcap 0: none */
 } Shape;
 
-/* How keys and values are kept: as numbers, [kv_heads, slots, width], or as codes, to which `Codes` points. */
-enum { KEPT_FLOAT32, KEPT_BFLOAT16, KEPT_INT8, KEPT_INT4 };
+/* How keys and values are kept: as numbers, [kv_heads, slots, width], or as codes, to which `Codes` points. KEPT_PAIRS is as
+   KEPT_BFLOAT16, and what is multiplied is rounded to it as well. */
+enum { KEPT_FLOAT32, KEPT_BFLOAT16, KEPT_INT8, KEPT_INT4, KEPT_PAIRS };
 
 /* 8 bits: a byte for each number, [kv_heads, slots, width], and a scale for each head of a slot. 4 bits: numbers i and
    i + width / 2 in a byte; the least number and the step of each group, a largest power of two up to 32 that divides the
@@ -158,6 +194,18 @@ enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 4 };
 #else
 enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 2 };
 #endif
+
+/* As many of those that are left, `most` at most, that all parts are about as large. */
+INLINE int even_part(int64_t left, int64_t most) {
+    const int64_t parts = (left + most - 1) / most;
+    return (int)((left + parts - 1) / parts);
+}
+
+/* CALL with a number of rows as a constant. */
+#define OF_ROWS(n, CALL) \
+    case n: CALL(n); break;
+#define SIX_ROWS(CALL) \
+    OF_ROWS(1, CALL) OF_ROWS(2, CALL) OF_ROWS(3, CALL) OF_ROWS(4, CALL) OF_ROWS(5, CALL) OF_ROWS(6, CALL)
 
 enum { WIDEST = 512 }; /* channels of a head at most */
 
@@ -190,11 +238,9 @@ void packed_numbers(const Matrix *w, int64_t from, int64_t to, void *y, int half
 int dense_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                   int threads);
 int multiplies_pairs(void);
-int panels_multiply_pairs(int64_t inputs);
-int panel_product(const Matrix *w, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
+int pairs_product(const Matrix *w, const bf16 *x, int64_t rows, const float *bias, bf16 *y, int64_t stride, int threads);
+int panel_product(const Matrix *w, const float *x, int64_t rows, const float *bias, float *y, int64_t stride,
                   int threads);
-void pairs_outputs(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs,
-                   float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]);
 int unit_multiplies(int64_t outputs, int64_t inputs);
 int unit_product(const Joined *w, const bf16 *x, int64_t rows, bf16 *y, int64_t stride, int threads);
 void rms_norm(const void *x, const float *weight, int64_t rows, int64_t width, float eps, void *y, int half,
@@ -205,6 +251,3 @@ int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t toke
 int unit_attends(const Shape *a);
 int unit_attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const bf16 *qkv,
                 const void *cos, const void *sin, bf16 *k, bf16 *v, bf16 *out, int threads);
-int tiles(const Shape *a);
-int attend_tiles(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const bf16 *qkv,
-                 const void *cos, const void *sin, bf16 *k, bf16 *v, bf16 *out, int threads);

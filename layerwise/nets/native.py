@@ -108,7 +108,7 @@ class NativeMatrix:
     def many(self) -> frozenset[torch.dtype]:
         """Of what dtypes the product takes many rows too: bfloat16 is torch's where it has a matrix unit for that."""
         found = library()
-        pairs = found is not None and bool(found.panels_multiply_pairs(self.inputs)) and not matrix_unit()
+        pairs = found is not None and bool(found.multiplies_pairs()) and not matrix_unit()
         return frozenset(DTYPES) if pairs else frozenset({torch.float32})
 
     @cached_property

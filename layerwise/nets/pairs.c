@@ -1,67 +1,127 @@
-/* A few rows times a few outputs of a dense matrix, both in bfloat16, for processors that multiply pairs of it. Sums are in
-   float32. The matrix is read as it is stored; `dense.c` has the whole product. */
+/* Any number of rows times a matrix, in bfloat16, for processors that multiply pairs of it. Sums are in float32, each made in
+   the same order however many rows there are. A dense matrix is read as it is stored; of a packed one some outputs at a
+   time become numbers in bfloat16 first. */
 
-#include "native.h"
+#include "packed.h"
 
 #ifdef __AVX512BF16__
 
-enum { NUMBERS = 32 }; /* of a vector */
+#include <omp.h>
 
-INLINE __m512bh numbers(const bf16 *from, __mmask32 which) { return (__m512bh)_mm512_maskz_loadu_epi16(which, from); }
+/* Rows whose sums are made at once, of OUTPUTS_AT_ONCE outputs; numbers of a vector; outputs ahead of which memory is
+   fetched; outputs that all rows meet before the next, and bytes of x that meet all outputs before the next rows. */
+enum { PAIRED_ROWS = 6, NUMBERS = 32, AHEAD = 8, STAYING = 16, NEAR = 1 << 19 };
 
-INLINE void pairs_tile(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs,
-                       float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]) {
-    __m512 sum[ROWS_AT_ONCE][OUTPUTS_AT_ONCE];
+INLINE __m512bh numbers(const bf16 *from, __mmask32 which) {
+    return (__m512bh)(which == 0xffffffff ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(which, from));
+}
+
+/* The sums of four vectors, in as many steps as two take one by one. */
+INLINE __m128 four_sums(const __m512 x[4]) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+typedef __m512 Sums[PAIRED_ROWS][OUTPUTS_AT_ONCE];
+
+/* Adds what the inputs from `i` on give, of a vector those in `which`; `fetches` says whether to fetch ahead. */
+INLINE void add_inputs(const bf16 *w, const bf16 *x, int64_t inputs, int64_t i, __mmask32 which, int rows, int outputs,
+                       int fetches, Sums sum) {
+    __m512bh weights[OUTPUTS_AT_ONCE];
 #pragma GCC unroll 4
+    for (int o = 0; o < outputs; o++) {
+        /* Into the second cache, as few lines may be on their way into the first; no hardware looks beyond a page. */
+        if (fetches) __builtin_prefetch(w + (AHEAD + o) * inputs + i, 0, 2);
+        weights[o] = numbers(w + o * inputs + i, which);
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < rows; m++) {
+        const __m512bh some = numbers(x + m * inputs + i, which);
+#pragma GCC unroll 4
+        for (int o = 0; o < outputs; o++) sum[m][o] = _mm512_dpbf16_ps(sum[m][o], some, weights[o]);
+    }
+}
+
+/* Products of `rows` rows with `outputs` outputs, four or one. */
+INLINE void tile(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs, int fetches, const float *bias,
+                 bf16 *y, int64_t stride) {
+    Sums sum;
+#pragma GCC unroll 6
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
         for (int o = 0; o < outputs; o++) sum[m][o] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < inputs; i += NUMBERS) {
-        const __mmask32 which = inputs - i < NUMBERS ? (1u << (inputs - i)) - 1 : 0xffffffff;
-        __m512bh weights[OUTPUTS_AT_ONCE];
-#pragma GCC unroll 4
-        for (int o = 0; o < outputs; o++) {
-            __builtin_prefetch(w + (outputs + o) * inputs + i); /* the next tile: no hardware looks beyond a page */
-            weights[o] = numbers(w + o * inputs + i, which);
-        }
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
-            const __m512bh some = numbers(x + m * inputs + i, which);
-#pragma GCC unroll 4
-            for (int o = 0; o < outputs; o++) sum[m][o] = _mm512_dpbf16_ps(sum[m][o], some, weights[o]);
-        }
+    int64_t i = 0;
+    for (; i + NUMBERS <= inputs; i += NUMBERS) add_inputs(w, x, inputs, i, 0xffffffff, rows, outputs, fetches, sum);
+    if (i < inputs) add_inputs(w, x, inputs, i, (1u << (inputs - i)) - 1, rows, outputs, 0, sum);
+#pragma GCC unroll 6
+    for (int m = 0; m < rows; m++) {
+        __m128 all = outputs == 1 ? _mm_set_ss(_mm512_reduce_add_ps(sum[m][0])) : four_sums(sum[m]);
+        if (bias) all = _mm_add_ps(all, outputs == 1 ? _mm_load_ss(bias) : _mm_loadu_ps(bias));
+        const __m128i narrow = (__m128i)_mm_cvtneps_pbh(all);
+        memcpy(y + m * stride, &narrow, outputs * sizeof *y);
     }
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 4
-        for (int o = 0; o < outputs; o++) y[m][o] = _mm512_reduce_add_ps(sum[m][o]);
+}
+
+/* All rows of x with some outputs. */
+static void some_outputs(const bf16 *w, int64_t outputs, const bf16 *x, int64_t rows, int64_t inputs, int fetches,
+                         const float *bias, bf16 *y, int64_t stride) {
+    for (int64_t m = 0, some; m < rows; m += some) {
+        int64_t o = 0;
+        some = even_part(rows - m, PAIRED_ROWS);
+        const int first = fetches && m == 0;
+        for (; o + OUTPUTS_AT_ONCE <= outputs; o += OUTPUTS_AT_ONCE) {
+            const bf16 *from = w + o * inputs, *of = x + m * inputs;
+            const float *more = bias ? bias + o : NULL;
+            bf16 *to = y + m * stride + o;
+#define TAKE(n) tile(from, of, inputs, n, OUTPUTS_AT_ONCE, first, more, to, stride)
+            switch (some) { SIX_ROWS(TAKE) }
+#undef TAKE
+        }
+        for (; o < outputs; o++)
+            for (int64_t r = m; r < m + some; r++)
+                tile(w + o * inputs, x + r * inputs, inputs, 1, 1, 0, bias ? bias + o : NULL, y + r * stride + o, stride);
+    }
 }
 
 int multiplies_pairs(void) { return 1; }
 
-/* Products of `rows` rows with `outputs` outputs, ROWS_AT_ONCE and OUTPUTS_AT_ONCE at most. */
-void pairs_outputs(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs,
-                   float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]) {
-    if (outputs < OUTPUTS_AT_ONCE)
-        for (int m = 0; m < rows; m++)
-            for (int o = 0; o < outputs; o++) {
-                float one[ROWS_AT_ONCE][OUTPUTS_AT_ONCE];
-                pairs_tile(w + o * inputs, x + m * inputs, inputs, 1, 1, one);
-                y[m][o] = one[0][0];
+/* x [rows, inputs], y [rows, outputs] with rows `stride` apart. Gives 0, or 1 where memory ran out. */
+int pairs_product(const Matrix *w, const bf16 *x, int64_t rows, const float *bias, bf16 *y, int64_t stride, int threads) {
+    const int64_t inputs = w->inputs, near = NEAR / 2 / inputs, chunk = near > PAIRED_ROWS ? near : PAIRED_ROWS;
+    const int dense = w->kind == BFLOAT16;
+    const size_t own = dense ? 0 : lines(STAYING * inputs * sizeof *x);
+    char *memory = dense ? NULL : aligned_alloc(LINE, threads * own);
+    if (!dense && !memory) return 1;
+#pragma omp parallel num_threads(threads)
+    for (int64_t m = 0; m < rows; m += chunk) {
+        const int64_t here = rows - m < chunk ? rows - m : chunk;
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < w->outputs; o += STAYING) {
+            const int64_t some = w->outputs - o < STAYING ? w->outputs - o : STAYING;
+            const bf16 *from = (const bf16 *)w->codes + o * inputs;
+            if (!dense) {
+                bf16 *to = (bf16 *)(memory + omp_get_thread_num() * own);
+                packed_numbers(w, o, o + some, to, 1, 1);
+                from = to;
             }
-    else if (rows == 1) pairs_tile(w, x, inputs, 1, OUTPUTS_AT_ONCE, y);
-    else if (rows == 2) pairs_tile(w, x, inputs, 2, OUTPUTS_AT_ONCE, y);
-    else if (rows == 3) pairs_tile(w, x, inputs, 3, OUTPUTS_AT_ONCE, y);
-    else pairs_tile(w, x, inputs, ROWS_AT_ONCE, OUTPUTS_AT_ONCE, y);
+            some_outputs(from, some, x + m * inputs, here, inputs, dense, bias ? bias + o : NULL, y + m * stride + o,
+                         stride);
+        }
+    }
+    free(memory);
+    return 0;
 }
 
 #else
 
 int multiplies_pairs(void) { return 0; }
 
-void pairs_outputs(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs,
-                   float y[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]) {
-    (void)w, (void)x, (void)inputs, (void)rows, (void)outputs, (void)y;
+int pairs_product(const Matrix *w, const bf16 *x, int64_t rows, const float *bias, bf16 *y, int64_t stride, int threads) {
+    (void)w, (void)x, (void)rows, (void)bias, (void)y, (void)stride;
+    return threads;
 }
 
 #endif

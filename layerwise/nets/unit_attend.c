@@ -34,6 +34,24 @@ typedef struct {
     Sight sights[TOKENS];
 } Room;
 
+/* Queries normed and turned, keys as well and to their slots with the values. */
+INLINE void enter(const Shape *a, const Places *p, const HeadNorms *norms, int64_t token, const bf16 *qkv,
+                  const void *cos, const void *sin, bf16 *q, bf16 *k, bf16 *v) {
+    const int64_t width = a->width, all = a->heads + 2 * a->kv_heads;
+    const float eps = norms ? norms->eps : 0;
+    float turned[WIDEST] __attribute__((aligned(LINE)));
+    for (int64_t h = 0; h < a->heads + a->kv_heads; h++) {
+        const int64_t of_key = h - a->heads;
+        const float *norm = !norms ? NULL : of_key < 0 ? norms->q : norms->k;
+        bf16 *to = of_key < 0 ? q + (token * a->heads + h) * width : k + (of_key * a->slots + p->slot[token]) * width;
+        turn(a, qkv, (token * all + h) * width, norm, eps, cos, sin, token, turned, 1);
+        for (int64_t i = 0; i < width; i += LANES) store_narrow(to + i, _mm512_load_ps(turned + i));
+    }
+    for (int64_t h = 0; h < a->kv_heads; h++)
+        memcpy(v + (h * a->slots + p->slot[token]) * width,
+               qkv + (token * all + a->heads + a->kv_heads + h) * width, width * sizeof *v);
+}
+
 /* Keys or values of SPAN slots, tile by tile. */
 typedef struct {
     const bf16 *tile[PARTS];

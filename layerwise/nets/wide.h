@@ -27,12 +27,51 @@ INLINE wide load_wide(const float *from) { return *(const loose_wide *)from; }
 
 INLINE void store_wide(float *to, wide value) { *(loose_wide *)to = value; }
 
+/* Numbers from number `i` on, in bfloat16. */
+INLINE void put_wide(void *to, int64_t i, wide value) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((void *)((bf16 *)to + i), (__m256i)_mm512_cvtneps_pbh((__m512)value));
+#else
+    many parts[WIDE / MANY];
+    memcpy(parts, &value, sizeof parts);
+    for (int j = 0; j < WIDE / MANY; j++) put_many(to, i + j * MANY, parts[j], 1);
+#endif
+}
+
+INLINE wide larger(wide a, wide b) {
+    const wide_ints more = a > b;
+    return (wide)(((wide_ints)a & more) | ((wide_ints)b & ~more));
+}
+
+/* The halves of a vector of sixteen, or all of one of eight, twice. */
+INLINE many low_of(wide x) { many low; memcpy(&low, &x, sizeof low); return low; }
+INLINE many high_of(wide x) { many high; memcpy(&high, (char *)&x + sizeof x - sizeof high, sizeof high); return high; }
+
+INLINE float most_of_wide(wide x) { return fmaxf(most_of_many(low_of(x)), most_of_many(high_of(x))); }
+
+INLINE float sum_of_wide(wide x) {
+    return sum_of_many((int)WIDE == (int)MANY ? low_of(x) : low_of(x) + high_of(x));
+}
+
+/* exp x for x of 0 and below: an error of a millionth of what matters; 0 where float32 has no number for it. */
+INLINE wide weight_of(wide x) {
+#ifdef __AVX512DQ__
+    return (wide)two_to((__m512)(x * LOG2_OF_E));
+#else
+    many parts[WIDE / MANY];
+    memcpy(parts, &x, sizeof parts);
+    for (int i = 0; i < WIDE / MANY; i++) parts[i] = exp_of(parts[i]);
+    memcpy(&x, parts, sizeof x);
+    return x;
+#endif
+}
+
 /* The number that 16 bits stand for, exactly. */
 INLINE float half_value(uint16_t bits, int kind) {
     if (kind == BFLOAT16) return widened(bits);
     const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = bits & 0x7fff;
     uint32_t wide = rest >= 0x7c00 ? 0x7f800000 | rest << 13 : rest << 13;
-    float value;
+    float value = 0;
     memcpy(&value, &wide, 4);
     if (rest < 0x7c00) value *= 0x1p112f; /* the exponent's other bias; numbers below the normal ones come right too */
     memcpy(&wide, &value, 4);
@@ -41,12 +80,12 @@ INLINE float half_value(uint16_t bits, int kind) {
     return value;
 }
 
-/* Eight rows of eight numbers turned over: `from` lies `apart`, `to` COLUMNS. */
-INLINE void turn_over(const float *from, int64_t apart, float *to) {
+/* Eight numbers of 32 bits of eight rows turned over: `to` lies COLUMNS apart. */
+INLINE void turn_over_rows(const float *const rows[MANY], int64_t at, float *to) {
 #ifdef __AVX__
     __m256 x[MANY], y[MANY];
 #pragma GCC unroll 8
-    for (int i = 0; i < MANY; i++) x[i] = _mm256_loadu_ps(from + i * apart);
+    for (int i = 0; i < MANY; i++) x[i] = _mm256_loadu_ps(rows[i] + at);
 #pragma GCC unroll 4
     for (int i = 0; i < MANY; i += 2)
         y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
@@ -64,8 +103,16 @@ INLINE void turn_over(const float *from, int64_t apart, float *to) {
     }
 #else
     for (int i = 0; i < MANY; i++)
-        for (int j = 0; j < MANY; j++) to[j * COLUMNS + i] = from[i * apart + j];
+        for (int j = 0; j < MANY; j++) memcpy(to + j * COLUMNS + i, rows[i] + at + j, sizeof *to);
 #endif
+}
+
+/* The same for rows that lie `apart`. */
+INLINE void turn_over(const float *from, int64_t apart, float *to) {
+    const float *rows[MANY];
+#pragma GCC unroll 8
+    for (int i = 0; i < MANY; i++) rows[i] = from + i * apart;
+    turn_over_rows(rows, 0, to);
 }
 
 enum { SIXTEEN = 16 };
@@ -136,23 +183,14 @@ INLINE void add_panel(const float *rows, int64_t apart, const float *panel, int6
     }
 }
 
-/* How many rows to take at once of those that are left, so that all parts are about as large; CALL with as many, a
-   constant. */
-INLINE int rows_at_once(int64_t left) {
-    const int64_t parts = (left + ROWS_OF_SUMS - 1) / ROWS_OF_SUMS;
-    return (int)((left + parts - 1) / parts);
-}
+/* How many rows to take at once of those that are left; CALL with as many, a constant. */
+INLINE int rows_at_once(int64_t left) { return even_part(left, ROWS_OF_SUMS); }
 
-#define OF_ROWS(n, CALL) \
-    case n: CALL(n); break;
 #ifdef __AVX512F__
 #define OF_MORE_ROWS(CALL) \
     OF_ROWS(7, CALL) OF_ROWS(8, CALL) OF_ROWS(9, CALL) OF_ROWS(10, CALL) OF_ROWS(11, CALL) OF_ROWS(12, CALL)
 #else
 #define OF_MORE_ROWS(CALL)
 #endif
-#define WITH_ROWS(rows, CALL)                                                                                     \
-    switch (rows) {                                                                                               \
-        OF_ROWS(1, CALL) OF_ROWS(2, CALL) OF_ROWS(3, CALL) OF_ROWS(4, CALL) OF_ROWS(5, CALL) OF_ROWS(6, CALL)     \
-        OF_MORE_ROWS(CALL)                                                                                        \
-    }
+#define WITH_ROWS(rows, CALL) \
+    switch (rows) { SIX_ROWS(CALL) OF_MORE_ROWS(CALL) }

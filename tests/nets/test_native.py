@@ -72,7 +72,7 @@ def test_many_rows_in_bfloat16_are_rounded_once(format: Format, outputs: int) ->
     packed, x = matrix(of), torch.randn(61, 192, generator=torch.Generator().manual_seed(1)).bfloat16()
     x = torch.nn.functional.pad(x, (0, packed.inputs - 192))
     assert found is not None
-    assert not found.panel_product(packed.address, x.data_ptr(), 61, None, y.data_ptr(), outputs, 1, 2)
+    assert not found.packed_product(packed.address, x.data_ptr(), 61, None, y.data_ptr(), outputs, 1, 2)
     dense = of.dense(torch.bfloat16).double()
     near(y, x[:, :192].double() @ dense.T, x, dense, half_step=2.0**-9)
 

@@ -152,25 +152,6 @@ def test_many_rows_of_large_matrices(outputs: int, inputs: int, dtype: torch.dty
 
 
 @pytest.mark.skipif(library() is None, reason="no C compiler with OpenMP")
-@pytest.mark.parametrize(("outputs", "inputs", "rows"), [(64, 64, 20), (33, 4100, 61), (43, 70, 90), (64, 576, 1000)])
-def test_panels_of_pairs_on_any_processor(outputs: int, inputs: int, rows: int) -> None:
-    """Products in bfloat16 where there is no instruction for them too, more rows than meet a panel at once."""
-    layer, bias, found = HalfLinear(torch.randn(outputs, inputs).bfloat16()), torch.randn(outputs), library()
-    x = torch.randn(rows, inputs).bfloat16()
-
-    def product(first: int, count: int) -> torch.Tensor:
-        some, y = x[first : first + count].clone(), torch.full((count, outputs + 3), 7.0, dtype=torch.bfloat16)
-        assert found is not None and not found.panel_product(
-            layer.address, some.data_ptr(), count, bias.data_ptr(), y.data_ptr(), outputs + 3, 1, 2)
-        assert (y[:, outputs:] == 7).all()
-        return y[:, :outputs]
-
-    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), bias.double())
-    torch.testing.assert_close(product(0, rows).double(), exact, rtol=2**-8, atol=2e-3)
-    assert torch.equal(product(5, 9), product(0, rows)[5:14])
-
-
-@pytest.mark.skipif(library() is None, reason="no C compiler with OpenMP")
 def test_a_row_of_half_precision_does_not_depend_on_its_mates() -> None:
     layer, x = HalfLinear(torch.randn(43, 70).bfloat16()), torch.randn(90, 70)
     together = layer(x[:9])
@@ -181,6 +162,26 @@ def test_a_row_of_half_precision_does_not_depend_on_its_mates() -> None:
 
 
 PAIRS = pytest.mark.skipif(not may_pair(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="no pairs of bfloat16 here")
+
+
+@PAIRS
+@pytest.mark.parametrize(("outputs", "inputs", "rows"), [(64, 64, 20), (33, 4101, 90), (43, 70, 90), (64, 576, 1000)])
+def test_any_number_of_rows_in_bfloat16(outputs: int, inputs: int, rows: int) -> None:
+    """Outputs that are no whole tile, inputs that are no whole vector, more rows than meet all outputs at once."""
+    layer, bias, found = HalfLinear(torch.randn(outputs, inputs).bfloat16()), torch.randn(outputs), library()
+    x = torch.randn(rows, inputs).bfloat16()
+
+    def product(first: int, count: int) -> torch.Tensor:
+        some, y = x[first : first + count].clone(), torch.full((count, outputs + 3), 7.0, dtype=torch.bfloat16)
+        assert found is not None and not found.dense_product(
+            layer.address, some.data_ptr(), count, bias.data_ptr(), y.data_ptr(), outputs + 3, 1, 2)
+        assert (y[:, outputs:] == 7).all()
+        return y[:, :outputs]
+
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), bias.double())
+    torch.testing.assert_close(product(0, rows).double(), exact, rtol=2**-8, atol=2e-3)
+    for first, count in ((5, 9), (0, 1), (1, 4), (3, 17)):
+        assert torch.equal(product(first, count), product(0, rows)[first : first + count])
 
 
 @PAIRS
@@ -200,7 +201,7 @@ def test_products_in_bfloat16_are_rounded_once(inputs: int) -> None:
 @pytest.mark.parametrize(("outputs", "inputs"), [(43, 70), (43, 64), (16, 32), (128, 96)])
 def test_a_row_in_bfloat16_does_not_depend_on_its_mates(outputs: int, inputs: int) -> None:
     layer = HalfLinear(torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs))
-    rows = 2 * FEW_ROWS + 5 if torch.bfloat16 in layer.many else FEW_ROWS
+    rows = 2 * FEW_ROWS + 5
     x = torch.randn(rows, inputs).bfloat16()
     together = layer(x)
     assert all(torch.equal(layer(x[row : row + 1])[0], together[row]) for row in range(rows))

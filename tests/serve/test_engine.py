@@ -15,7 +15,7 @@ import layerwise as lw
 from layerwise.allocate.apply import apply
 from layerwise.allocate.plan import Edit, Plan
 from layerwise.errors import BadData, BadModel, BadOption
-from layerwise.nets.compiled import matrix_unit
+from layerwise.nets.wide import may_pair
 from layerwise.serve.engine import Engine, layered
 from layerwise.serve.request import Params, QueueFull, Request, TooLong
 from layerwise.serve.table import layer_table
@@ -47,10 +47,10 @@ def answers(kind: str) -> tuple[DecoderStack, list[list[int]], list[Params], lis
 
 
 @pytest.mark.parametrize("setting", [{}, {"step_tokens": 64}, {"running": 3}, {"prefix_cache": False}])
-def test_on_a_matrix_unit_a_request_does_not_depend_on_its_mates(setting: dict[str, Any]) -> None:
+def test_in_bfloat16_a_request_does_not_depend_on_its_mates(setting: dict[str, Any]) -> None:
     """The same bits in bfloat16, however steps are cut, whoever shares them, and with beginnings from the cache."""
-    if not matrix_unit():
-        pytest.skip("no matrix unit here")
+    if not may_pair(torch.zeros(1, 1, dtype=torch.bfloat16)):
+        pytest.skip("no instructions for pairs of bfloat16 here")
     row = LayerSpec(Attention(heads=4, kv_heads=2, head_dim=64), FeedForward(width=192))
     stack = random_stack(3, hidden=128, vocabulary=192, dtype="bfloat16", row=row)
     asked = [prompt * size for prompt, size in zip(prompts(6, vocabulary=192), (1, 4, 4, 1, 2, 2), strict=True)]
