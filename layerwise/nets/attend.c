@@ -32,16 +32,14 @@ typedef struct {
 /* Numbers that share a step in 4 bits. */
 INLINE int64_t group_of(int64_t width) { return (width & -width) < 32 ? width & -width : 32; }
 
-INLINE int in_bfloat16(int kept) { return kept == KEPT_BFLOAT16 || kept == KEPT_PAIRS; }
-
 /* Steps of so many numbers. */
-INLINE int64_t steps_of(int64_t numbers, int kept) { return kept == KEPT_PAIRS ? (numbers + 1) / 2 : numbers; }
+INLINE int64_t steps_of(int64_t numbers, int pairs) { return pairs ? (numbers + 1) / 2 : numbers; }
 
 /* Puts the numbers of a head into slot `slot`, counted over all heads. */
 static void keep(void *pool, int64_t slot, const float *x, int64_t width, int kept) {
     const Codes *coded = pool;
-    if (kept == KEPT_FLOAT32 || in_bfloat16(kept)) {
-        for (int64_t i = 0; i < width; i += MANY) put_many(pool, slot * width + i, load_many(x + i), in_bfloat16(kept));
+    if (kept < KEPT_INT8) {
+        for (int64_t i = 0; i < width; i += MANY) put_many(pool, slot * width + i, load_many(x + i), kept);
     } else if (kept == KEPT_INT8) {
         float most = 0;
         for (int64_t i = 0; i < width; i++) most = fabsf(x[i]) > most || x[i] != x[i] ? fabsf(x[i]) : most;
@@ -83,12 +81,13 @@ INLINE void read_kept(const void *pool, int64_t slot, float *to, int64_t width, 
         for (int64_t i = 0; i < width; i++) to[i] = (float)codes[i] * scale;
     } else {
         const int64_t group = group_of(width), groups = width / group, middle = width / 2;
-        const uint8_t *codes = coded->codes + slot * middle;
-        for (int64_t i = 0; i < middle; i++) to[i] = (float)(codes[i] & 15), to[i + middle] = (float)(codes[i] >> 4);
-        for (int64_t g = 0; g < groups; g++) {
-            const float low = widened(((const bf16 *)coded->scale)[slot * groups + g]);
-            const float step = widened(coded->step[slot * groups + g]);
-            for (int64_t i = g * group; i < (g + 1) * group; i++) to[i] = low + to[i] * step;
+        const int64_t part = group_of(middle); /* of one group and one half */
+        for (int64_t from = 0; from < width; from += part) {
+            const int upper = from < middle ? 0 : 4;
+            const uint8_t *codes = coded->codes + slot * middle + (upper ? from - middle : from);
+            const float low = widened(((const bf16 *)coded->scale)[slot * groups + from / group]);
+            const float step = widened(coded->step[slot * groups + from / group]);
+            for (int64_t i = 0; i < part; i++) to[from + i] = low + (float)(codes[i] >> upper & 15) * step;
         }
     }
 }
@@ -148,13 +147,22 @@ INLINE void widen(const Slots *slots, int64_t slot, int64_t count, const void *f
     }
 }
 
+/* The numbers of slot `slot` in bfloat16, where they lie or in `room`, which has room for as many floats. */
+INLINE const bf16 *in_bfloat16(const void *pool, int64_t slot, float *room, int64_t width, int kept) {
+    if (kept == KEPT_BFLOAT16) return (const bf16 *)pool + slot * width;
+    read_kept(pool, slot, room, width, kept);
+    for (int64_t i = 0; i < width; i += MANY) put_many(room, i, load_many(room + i), 1);
+    return (const bf16 *)room;
+}
+
 /* The values of a span, pair by pair of slots; those of slots that are not seen are zero. */
-INLINE void pair_values(const Slots *slots, const bf16 *v, float *to, int64_t apart, int64_t width) {
+INLINE void pair_values(const Slots *slots, const void *v, float *room, float *to, int64_t apart, int64_t width, int kept) {
     static const bf16 none[WIDEST];
     for (int64_t j = 0; j < SPAN; j += 2, to += apart) {
         const bf16 *of[2];
         for (int n = 0; n < 2; n++)
-            of[n] = j + n < slots->from || j + n >= slots->to ? none : v + slots->at[j + n] * width;
+            of[n] = j + n < slots->from || j + n >= slots->to
+                        ? none : in_bfloat16(v, slots->at[j + n], room + n * width, width, kept);
         for (int64_t i = 0; i < width; i++) {
             const uint32_t pair = of[0][i] | (uint32_t)of[1][i] << 16;
             memcpy(to + i, &pair, sizeof pair);
@@ -163,8 +171,8 @@ INLINE void pair_values(const Slots *slots, const bf16 *v, float *to, int64_t ap
 }
 
 /* The keys of COLUMNS slots from `slot` on, turned over; those of slots that are not seen are any. */
-INLINE void turn_keys(const Slots *slots, int64_t slot, const void *k, Room *room, int64_t width, int kept) {
-    if (!in_bfloat16(kept)) {
+INLINE void turn_keys(const Slots *slots, int64_t slot, const void *k, Room *room, int64_t width, int kept, int pairs) {
+    if (!pairs && kept != KEPT_BFLOAT16) {
         widen(slots, slot, COLUMNS, k, room->widened, width, width, kept);
         for (int64_t i = 0; i < width; i += MANY)
             for (int64_t j = 0; j < COLUMNS; j += MANY)
@@ -173,8 +181,9 @@ INLINE void turn_keys(const Slots *slots, int64_t slot, const void *k, Room *roo
     }
     for (int64_t j = 0; j < COLUMNS; j += SIXTEEN) {
         const bf16 *rows[SIXTEEN];
-        for (int64_t n = 0; n < SIXTEEN; n++) rows[n] = (const bf16 *)k + slots->at[slot + j + n] * width;
-        if (kept == KEPT_BFLOAT16)
+        for (int64_t n = 0; n < SIXTEEN; n++)
+            rows[n] = in_bfloat16(k, slots->at[slot + j + n], room->widened + n * width, width, kept);
+        if (!pairs)
             for (int64_t i = 0; i < width; i += MANY) widen_over(rows, i, room->keys + i * COLUMNS + j);
         else
             for (int64_t i = 0; i < width / 2; i += MANY)
@@ -186,8 +195,8 @@ INLINE void turn_keys(const Slots *slots, int64_t slot, const void *k, Room *roo
 /* Keys and values of the slots from `from` to the one before `to` on their way into the second cache. */
 INLINE void fetch_slots(const Shape *a, const int64_t *table, int64_t kv_head, int64_t from, int64_t to, const void *k,
                         const void *v, int64_t width, int kept) {
-    if (kept == KEPT_INT8 || kept == KEPT_INT4) k = ((const Codes *)k)->codes, v = ((const Codes *)v)->codes;
-    const int64_t bits = kept == KEPT_FLOAT32 ? 32 : in_bfloat16(kept) ? 16 : kept == KEPT_INT8 ? 8 : 4;
+    if (kept >= KEPT_INT8) k = ((const Codes *)k)->codes, v = ((const Codes *)v)->codes;
+    const int64_t bits = kept == KEPT_FLOAT32 ? 32 : kept == KEPT_BFLOAT16 ? 16 : kept == KEPT_INT8 ? 8 : 4;
     const int64_t size = width * bits / 8;
     for (int64_t slot = from, next; slot < to; slot = next) {
         next = (slot / a->block + 1) * a->block < to ? (slot / a->block + 1) * a->block : to;
@@ -198,12 +207,12 @@ INLINE void fetch_slots(const Shape *a, const int64_t *table, int64_t kv_head, i
 }
 
 /* Logits of `count` queries from query `m` on with the keys of COLUMNS slots. */
-INLINE void logits_of(Room *room, int64_t m, int count, int64_t column, int64_t width, int kept) {
-    const int64_t steps = steps_of(width, kept);
+INLINE void logits_of(Room *room, int64_t m, int count, int64_t column, int64_t width, int pairs) {
+    const int64_t steps = steps_of(width, pairs);
     wide sum[ROWS_OF_SUMS][2];
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) sum[r][0] = sum[r][1] = (wide){0};
-    add_panel(room->queries + m * steps, steps, room->keys, COLUMNS, steps, count, kept == KEPT_PAIRS, sum);
+    add_panel(room->queries + m * steps, steps, room->keys, COLUMNS, steps, count, pairs, sum);
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) {
         store_wide(room->logits + (m + r) * SPAN + column, sum[r][0]);
@@ -212,21 +221,21 @@ INLINE void logits_of(Room *room, int64_t m, int count, int64_t column, int64_t 
 }
 
 /* What `count` queries from query `m` on read of COLUMNS channels, of slots `low` to the one before `high` of a span. */
-INLINE void values_of(Room *room, int64_t m, int count, int64_t channel, int64_t low, int64_t high, int64_t width, int kept) {
+INLINE void values_of(Room *room, int64_t m, int count, int64_t channel, int64_t low, int64_t high, int64_t width, int pairs) {
     wide sum[ROWS_OF_SUMS][2];
-    const int64_t apart = whole(width), from = kept == KEPT_PAIRS ? low / 2 : low, steps = steps_of(high, kept) - from;
+    const int64_t apart = whole(width), from = pairs ? low / 2 : low, steps = steps_of(high, pairs) - from;
     float *out = room->out + m * apart + channel;
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) sum[r][0] = load_wide(out + r * apart), sum[r][1] = load_wide(out + r * apart + WIDE);
     add_panel(room->logits + m * SPAN + from, SPAN, room->values + from * apart + channel, apart, steps, count,
-              kept == KEPT_PAIRS, sum);
+              pairs, sum);
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) store_wide(out + r * apart, sum[r][0]), store_wide(out + r * apart + WIDE, sum[r][1]);
 }
 
 /* Logits of one query become weights, or pairs of them; what it has of spans before is scaled to the same largest logit. */
 INLINE void weigh(const Sight *seen, int64_t span, float softcap, float *logits, float *most, float *sum, float *out,
-                  int64_t width, int kept) {
+                  int64_t width, int pairs) {
     if (softcap != 0)
         for (int64_t j = 0; j < SPAN; j++) logits[j] = softcap * tanhf(logits[j] / softcap);
     for (int64_t j = 0; j < seen->from - span; j++) logits[j] = HIDDEN;
@@ -242,7 +251,7 @@ INLINE void weigh(const Sight *seen, int64_t span, float softcap, float *logits,
     for (int64_t j = 0; j < SPAN; j += WIDE) {
         const wide weights = weight_of(load_wide(logits + j) - *most);
         total += weights;
-        if (kept == KEPT_PAIRS) put_wide(logits, j, weights);
+        if (pairs) put_wide(logits, j, weights);
         else store_wide(logits + j, weights);
     }
     *sum += sum_of_wide(total);
@@ -250,7 +259,7 @@ INLINE void weigh(const Sight *seen, int64_t span, float softcap, float *logits,
 
 /* Tokens from `first` to the one before `stop` of a group see slots of a span, in the same blocks. */
 INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, int64_t first, int64_t stop,
-                    const void *k, const void *v, int64_t width, int kept) {
+                    const void *k, const void *v, int64_t width, int kept, int pairs) {
     const Range all = range_of(room->sights, first, stop);
     const int64_t from = all.from < span ? span : all.from, to = all.to > span + SPAN ? span + SPAN : all.to;
     if (from >= to) return;
@@ -261,15 +270,15 @@ INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, in
     find_slots(a, one->table, g->kv_head, span, from, to, &slots);
     fetch_slots(a, one->table, g->kv_head, span + SPAN, end, k, v, width, kept);
     for (int64_t column = low, some; column < high; column += COLUMNS) {
-        turn_keys(&slots, column, k, room, width, kept);
+        turn_keys(&slots, column, k, room, width, kept, pairs);
         for (int64_t m = first * g->heads; m < after; m += some) {
             some = rows_at_once(after - m);
-#define TAKE(n) logits_of(room, m, n, column, width, kept)
+#define TAKE(n) logits_of(room, m, n, column, width, pairs)
             WITH_ROWS(some, TAKE)
 #undef TAKE
         }
     }
-    if (kept == KEPT_PAIRS) pair_values(&slots, v, room->values, whole(width), width);
+    if (pairs) pair_values(&slots, v, room->widened, room->values, whole(width), width, kept);
     else widen(&slots, 0, SPAN, v, room->values, whole(width), width, kept);
     for (int64_t t = first; t < stop; t++)
         for (int64_t m = t * g->heads; m < (t + 1) * g->heads; m++) {
@@ -277,25 +286,25 @@ INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, in
             sight.from = sight.from > from ? sight.from : from, sight.to = sight.to < to ? sight.to : to;
             sight.from = sight.from < to ? sight.from : to, sight.to = sight.to > span ? sight.to : span;
             weigh(&sight, span, a->softcap, room->logits + m * SPAN, room->most + m, room->sum + m,
-                  room->out + m * whole(width), width, kept);
+                  room->out + m * whole(width), width, pairs);
         }
     for (int64_t channel = 0; channel < width; channel += COLUMNS)
         for (int64_t m = first * g->heads, some; m < after; m += some) {
             some = rows_at_once(after - m);
-#define TAKE(n) values_of(room, m, n, channel, from - span, high, width, kept)
+#define TAKE(n) values_of(room, m, n, channel, from - span, high, width, pairs)
             WITH_ROWS(some, TAKE)
 #undef TAKE
         }
 }
 
 INLINE void group_in(const Shape *a, const Places *p, const Group *g, const float *q, const void *k, const void *v,
-                     void *out, Room *room, int64_t width, int half, int kept) {
+                     void *out, Room *room, int64_t width, int half, int kept, int pairs) {
     for (int64_t t = 0; t < g->tokens; t++) {
         const Sight seen = room->sights[t] = sight_of(a, p, p->order[g->first + t]);
         const int64_t numbers = g->heads * width;
         const float *from = q + (seen.token * a->heads + g->head) * width;
-        float *to = room->queries + t * g->heads * steps_of(width, kept);
-        for (int64_t i = 0; i < numbers; i += MANY) put_many(to, i, load_many(from + i), kept == KEPT_PAIRS);
+        float *to = room->queries + t * g->heads * steps_of(width, pairs);
+        for (int64_t i = 0; i < numbers; i += MANY) put_many(to, i, load_many(from + i), pairs);
     }
     for (int64_t m = 0; m < g->tokens * g->heads; m++) room->most[m] = LOWEST, room->sum[m] = 0;
     memset(room->out, 0, g->tokens * g->heads * whole(width) * sizeof *room->out);
@@ -304,7 +313,7 @@ INLINE void group_in(const Shape *a, const Places *p, const Group *g, const floa
         for (int64_t first = 0, stop; first < g->tokens; first = stop) {
             const Sight *one = room->sights + first;
             for (stop = first + 1; stop < g->tokens && alike(one, room->sights + stop, span, a->block);) stop++;
-            span_of(a, g, room, span, first, stop, k, v, width, kept);
+            span_of(a, g, room, span, first, stop, k, v, width, kept, pairs);
         }
     for (int64_t m = 0; m < g->tokens * g->heads; m++) {
         const int64_t to = (room->sights[m / g->heads].token * a->heads + g->head + m % g->heads) * width;
@@ -314,7 +323,8 @@ INLINE void group_in(const Shape *a, const Places *p, const Group *g, const floa
 }
 
 static int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
-                      const void *cos, const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
+                     const void *cos, const void *sin, void *k, void *v, void *out, int half, int kept, int pairs,
+                     int threads) {
     const int64_t width = a->width, group = a->heads / a->kv_heads, heads = group < QUERIES ? group : QUERIES;
     const int64_t most = QUERIES / heads, parts = (group + heads - 1) / heads;
     const size_t queries = lines(tokens * a->heads * width * sizeof(float)), head = lines(sizeof(Room));
@@ -340,12 +350,16 @@ static int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
             const int64_t first = from[i % count], kv_head = i / count / parts, at = i / count % parts * heads;
             const Group g = {first, grouped(a, p, first, tokens, most), kv_head, kv_head * group + at,
                              group - at < heads ? group - at : heads};
-            if (width == 64 && kept == KEPT_PAIRS) group_in(a, p, &g, q, k, v, out, room, 64, 1, KEPT_PAIRS);
-            else if (kept == KEPT_PAIRS) group_in(a, p, &g, q, k, v, out, room, width, 1, KEPT_PAIRS);
-            else if (width == 64 && kept == KEPT_BFLOAT16) group_in(a, p, &g, q, k, v, out, room, 64, half, KEPT_BFLOAT16);
-            else if (kept == KEPT_INT8) group_in(a, p, &g, q, k, v, out, room, width, half, KEPT_INT8);
-            else if (kept == KEPT_INT4) group_in(a, p, &g, q, k, v, out, room, width, half, KEPT_INT4);
-            else group_in(a, p, &g, q, k, v, out, room, width, half, kept);
+#define IN(width, kept, pairs) group_in(a, p, &g, q, k, v, out, room, width, half, kept, pairs)
+            if (pairs && kept == KEPT_INT8) IN(width, KEPT_INT8, 1);
+            else if (pairs && kept == KEPT_INT4) IN(width, KEPT_INT4, 1);
+            else if (pairs && width == 64) IN(64, KEPT_BFLOAT16, 1);
+            else if (pairs) IN(width, KEPT_BFLOAT16, 1);
+            else if (width == 64 && kept == KEPT_BFLOAT16) IN(64, KEPT_BFLOAT16, 0);
+            else if (kept == KEPT_INT8) IN(width, KEPT_INT8, 0);
+            else if (kept == KEPT_INT4) IN(width, KEPT_INT4, 0);
+            else IN(width, kept, 0);
+#undef IN
         }
     }
     free(memory);
@@ -357,8 +371,8 @@ static int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
    ran out. */
 int attend(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv, const void *cos,
            const void *sin, void *k, void *v, void *out, int half, int kept, int threads) {
-    const int plain = half && kept == KEPT_BFLOAT16;
-    if (plain && unit_attends(a)) return unit_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
-    const int as = plain && multiplies_pairs() && a->width % (2 * MANY) == 0 ? KEPT_PAIRS : kept;
-    return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, half, as, threads);
+    if (half && kept == KEPT_BFLOAT16 && unit_attends(a))
+        return unit_attend(a, p, norms, tokens, qkv, cos, sin, k, v, out, threads);
+    const int pairs = half && multiplies_pairs() && a->width % (2 * MANY) == 0;
+    return attend_in(a, p, norms, tokens, qkv, cos, sin, k, v, out, half, kept, pairs, threads);
 }

@@ -162,9 +162,8 @@ typedef struct {
     float scale, softcap;                    /* softcap 0: none */
 } Shape;
 
-/* How keys and values are kept: as numbers, [kv_heads, slots, width], or as codes, to which `Codes` points. KEPT_PAIRS is as
-   KEPT_BFLOAT16, and what is multiplied is rounded to it as well. */
-enum { KEPT_FLOAT32, KEPT_BFLOAT16, KEPT_INT8, KEPT_INT4, KEPT_PAIRS };
+/* How keys and values are kept: as numbers, [kv_heads, slots, width], or as codes, to which `Codes` points. */
+enum { KEPT_FLOAT32, KEPT_BFLOAT16, KEPT_INT8, KEPT_INT4 };
 
 /* 8 bits: a byte for each number, [kv_heads, slots, width], and a scale for each head of a slot. 4 bits: numbers i and
    i + width / 2 in a byte; the least number and the step of each group, a largest power of two up to 32 that divides the
