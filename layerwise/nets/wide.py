@@ -59,8 +59,7 @@ class HalfLinear(Direct):
     def many(self) -> frozenset[torch.dtype]:
         """Of what dtypes the compiled product takes many rows too: float32, and bfloat16 where it multiplies that."""
         found = library()
-        both = (found is not None and self.weight.dtype == torch.bfloat16
-                and bool(found.unit_multiplies(self.out_features, self.in_features) or found.multiplies_pairs()))
+        both = found is not None and self.weight.dtype == torch.bfloat16 and bool(found.multiplies_pairs())
         return frozenset(DTYPES) if both else frozenset({torch.float32})
 
     def forward(self, x: Tensor) -> Tensor:
