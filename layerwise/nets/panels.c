@@ -23,15 +23,15 @@ static void widen(const Matrix *w, int64_t o, int64_t from, int64_t count, float
         for (int64_t i = 0; i < count; i++) to[i] = half_value(numbers[i], FLOAT16);
 }
 
-/* Numbers of COLUMNS whole outputs of bfloat16, from number `from` on; those of the next panel are fetched on the way, as no
-   hardware looks beyond a page. */
+/* Numbers of COLUMNS whole outputs of bfloat16, from number `from` on; those of the next panel are fetched on the way into
+   the second cache, as no hardware looks beyond a page. */
 static void whole_panel(const Matrix *w, int64_t o, int64_t from, int64_t steps, float *panel) {
     for (int64_t j = 0; j < COLUMNS; j += SIXTEEN) {
         const bf16 *rows[SIXTEEN], *first = (const bf16 *)w->codes + (o + j) * w->inputs + from;
         for (int64_t n = 0; n < SIXTEEN; n++) rows[n] = first + n * w->inputs;
         for (int64_t i = 0; i < steps; i += MANY) {
             if (i % (LINE / 2) == 0)
-                for (int64_t n = 0; n < SIXTEEN; n++) __builtin_prefetch(rows[n] + COLUMNS * w->inputs + i);
+                for (int64_t n = 0; n < SIXTEEN; n++) __builtin_prefetch(rows[n] + COLUMNS * w->inputs + i, 0, 2);
             widen_over(rows, i, panel + i * COLUMNS + j);
         }
     }
