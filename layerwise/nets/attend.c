@@ -4,8 +4,9 @@
    Queries and keys are normed head by head where there are norms, and rotated, and new keys and values go to their slots.
    A group is tokens whose sequences begin with the same blocks, with the heads that read the same keys (`groups.h`). Its
    queries are the rows of two products with panels: keys, turned over, of COLUMNS slots at a time, then values as they lie.
-   A step of a panel is a number, or a pair in bfloat16: of channels of a key, of slots of values. Keys and values may be kept as codes (`nets/key_codes.py`). Softmax goes along with the spans of slots. What
-   a token gets does not depend on its group. */
+   A step of a panel is a number, or a pair in bfloat16: of channels of a key, of slots of values. Keys and values may be
+   kept as codes (`nets/key_codes.py`). Softmax goes along with the spans of slots. What a token gets does not depend on its
+   group. */
 
 #include "groups.h"
 #include "wide.h"
@@ -118,8 +119,8 @@ INLINE int64_t place_of(const Shape *a, const int64_t *table, int64_t kv_head, i
     return kv_head * a->slots + table[slot / a->block] * a->block + slot % a->block;
 }
 
-/* The slots of a span, counted from its first one on, from `from` to the one before `to`, that some tokens of a group see, and where each is; those before
-   are taken to be where the first is, and those behind where the last is. */
+/* The slots of a span, counted from its first one on, from `from` to the one before `to`, that some tokens of a group see,
+   and where each is; those before are taken to be where the first is, and those behind where the last is. */
 typedef struct {
     int64_t from, to, at[SPAN];
 } Slots;

@@ -1,4 +1,4 @@
-/* A whole block for few tokens, or for any number where a matrix unit multiplies: x + attention(norm x), then
+/* A whole block for few tokens, or for any number where all products take many rows: x + attention(norm x), then
    x + down(activation(gate(norm x)) * up(norm x)); what a half writes is normed once more where the block has norms behind
    its halves. */
 

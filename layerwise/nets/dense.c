@@ -3,7 +3,16 @@
 
 #include "wide.h"
 
-enum { STEP = 2 * WIDE, AHEAD = 8 }; /* numbers at once; outputs ahead of which memory is fetched */
+/* Numbers at once; outputs ahead of which memory is fetched; rows above which a product is one with panels. */
+enum { STEP = 2 * WIDE, AHEAD = 8, FEW_DENSE = 16 };
+
+/* Rows and outputs whose sums are kept at once: as many as there are registers for, so that what is loaded is used several
+   times, a row's numbers for some outputs, an output's for some rows. */
+#ifdef __AVX512F__
+enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 4 };
+#else
+enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 2 };
+#endif
 
 typedef uint32_t loose_pairs __attribute__((vector_size(4 * WIDE), aligned(2)));
 
@@ -86,7 +95,7 @@ static float *sorted_steps(const float *x, int64_t rows, int64_t inputs) {
 
 /* x [rows, inputs], y [rows, outputs] with rows `stride` apart: float32, or bfloat16 where `half`, where it
    `multiplies_pairs` or `unit_multiplies`; bias float32. A row's numbers depend on how many rows there are only in whether
-   these are few, and by a matrix unit not at all. Gives 0, or 1 where memory ran out. */
+   these are few, and in bfloat16 not at all. Gives 0, or 1 where memory ran out. */
 int dense_product(const Matrix *matrix, const void *x, int64_t rows, const float *bias, void *y, int64_t stride, int half,
                   int threads) {
     const int64_t outputs = matrix->outputs, inputs = matrix->inputs;

@@ -9,7 +9,7 @@
 #include "half.h"
 #include "packed.h"
 
-enum { LARGEST = 32767 };
+enum { LARGEST = 32767, FEW_PACKED = 48 }; /* of fixed point; rows above which numbers are multiplied as floats */
 
 /* A group in fixed point, with its step and its sum. */
 static void fix_group(const float *x, int64_t group, int16_t *fixed, float *step, float *sum) {

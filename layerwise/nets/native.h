@@ -186,14 +186,6 @@ typedef struct {
 
 enum { SILU, GELU_TANH };
 
-/* Rows and outputs of a dense product whose sums are kept at once: as many as there are registers for, so that what is
-   loaded is used several times, a row's numbers for some outputs, an output's for some rows. */
-#ifdef __AVX512F__
-enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 4 };
-#else
-enum { ROWS_AT_ONCE = 4, OUTPUTS_AT_ONCE = 2 };
-#endif
-
 /* As many of those that are left, `most` at most, that all parts are about as large. */
 INLINE int even_part(int64_t left, int64_t most) {
     const int64_t parts = (left + most - 1) / most;
@@ -207,8 +199,6 @@ INLINE int even_part(int64_t left, int64_t most) {
     OF_ROWS(1, CALL) OF_ROWS(2, CALL) OF_ROWS(3, CALL) OF_ROWS(4, CALL) OF_ROWS(5, CALL) OF_ROWS(6, CALL)
 
 enum { WIDEST = 512 }; /* channels of a head at most */
-
-enum { FEW_DENSE = 16, FEW_PACKED = 48 }; /* rows above which a product is one with panels */
 
 enum { MANY_NUMBERS = 1 << 13 }; /* from which several threads are worth waking, where each is little work */
 

@@ -8,9 +8,9 @@
 
 #include <omp.h>
 
-/* Rows whose sums are made at once, of OUTPUTS_AT_ONCE outputs; numbers of a vector; outputs ahead of which memory is
-   fetched; outputs that all rows meet before the next, and bytes of x that meet all outputs before the next rows. */
-enum { PAIRED_ROWS = 6, NUMBERS = 32, AHEAD = 8, STAYING = 16, NEAR = 1 << 19 };
+/* Rows and outputs whose sums are made at once; numbers of a vector; outputs ahead of which memory is fetched; outputs that
+   all rows meet before the next, and bytes of x that meet all outputs before the next rows. */
+enum { ROWS = 6, OUTPUTS = 4, NUMBERS = 32, AHEAD = 8, STAYING = 16, NEAR = 1 << 19 };
 
 INLINE __m512bh numbers(const bf16 *from, __mmask32 which) {
     return (__m512bh)(which == 0xffffffff ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(which, from));
@@ -25,12 +25,12 @@ INLINE __m128 four_sums(const __m512 x[4]) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-typedef __m512 Sums[PAIRED_ROWS][OUTPUTS_AT_ONCE];
+typedef __m512 Sums[ROWS][OUTPUTS];
 
 /* Adds what the inputs from `i` on give, of a vector those in `which`; `fetches` says whether to fetch ahead. */
 INLINE void add_inputs(const bf16 *w, const bf16 *x, int64_t inputs, int64_t i, __mmask32 which, int rows, int outputs,
                        int fetches, Sums sum) {
-    __m512bh weights[OUTPUTS_AT_ONCE];
+    __m512bh weights[OUTPUTS];
 #pragma GCC unroll 4
     for (int o = 0; o < outputs; o++) {
         /* Into the second cache, as few lines may be on their way into the first; no hardware looks beyond a page. */
@@ -70,13 +70,13 @@ static void some_outputs(const bf16 *w, int64_t outputs, const bf16 *x, int64_t 
                          const float *bias, bf16 *y, int64_t stride) {
     for (int64_t m = 0, some; m < rows; m += some) {
         int64_t o = 0;
-        some = even_part(rows - m, PAIRED_ROWS);
+        some = even_part(rows - m, ROWS);
         const int first = fetches && m == 0;
-        for (; o + OUTPUTS_AT_ONCE <= outputs; o += OUTPUTS_AT_ONCE) {
+        for (; o + OUTPUTS <= outputs; o += OUTPUTS) {
             const bf16 *from = w + o * inputs, *of = x + m * inputs;
             const float *more = bias ? bias + o : NULL;
             bf16 *to = y + m * stride + o;
-#define TAKE(n) tile(from, of, inputs, n, OUTPUTS_AT_ONCE, first, more, to, stride)
+#define TAKE(n) tile(from, of, inputs, n, OUTPUTS, first, more, to, stride)
             switch (some) { SIX_ROWS(TAKE) }
 #undef TAKE
         }
@@ -90,7 +90,7 @@ int multiplies_pairs(void) { return 1; }
 
 /* x [rows, inputs], y [rows, outputs] with rows `stride` apart. Gives 0, or 1 where memory ran out. */
 int pairs_product(const Matrix *w, const bf16 *x, int64_t rows, const float *bias, bf16 *y, int64_t stride, int threads) {
-    const int64_t inputs = w->inputs, near = NEAR / 2 / inputs, chunk = near > PAIRED_ROWS ? near : PAIRED_ROWS;
+    const int64_t inputs = w->inputs, near = NEAR / 2 / inputs, chunk = near > ROWS ? near : ROWS;
     const int dense = w->kind == BFLOAT16;
     const size_t own = dense ? 0 : lines(STAYING * inputs * sizeof *x);
     char *memory = dense ? NULL : aligned_alloc(LINE, threads * own);

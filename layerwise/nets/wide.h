@@ -29,13 +29,9 @@ INLINE void store_wide(float *to, wide value) { *(loose_wide *)to = value; }
 
 /* Numbers from number `i` on, in bfloat16. */
 INLINE void put_wide(void *to, int64_t i, wide value) {
-#if defined(__AVX512BF16__)
-    _mm256_storeu_si256((void *)((bf16 *)to + i), (__m256i)_mm512_cvtneps_pbh((__m512)value));
-#else
     many parts[WIDE / MANY];
     memcpy(parts, &value, sizeof parts);
     for (int j = 0; j < WIDE / MANY; j++) put_many(to, i + j * MANY, parts[j], 1);
-#endif
 }
 
 INLINE wide larger(wide a, wide b) {
