@@ -33,7 +33,7 @@ from layerwise.allocate.solve import allocate
 from layerwise.allocate.solvers.base import Solver
 from layerwise.allocate.solvers.milp import Milp
 from layerwise.data.bootstrap import paired_interval, paired_ratio_interval
-from layerwise.data.text import TextData
+from layerwise.data.text import TextData, by_frequency
 from layerwise.errors import BadBudget
 from layerwise.io import atomic
 from layerwise.measure.engine import measure
@@ -77,7 +77,8 @@ class Bench:
             return Scores.load(path)
         began = time.monotonic()
         journal = self.folder / "measured.jsonl"
-        scores = measure(self.stack, shortened(self.trial), trying(self.whole), resume=journal)
+        tried = trying(self.whole, by_frequency(self.calibration, self.stack.spec.vocabulary))
+        scores = measure(self.stack, shortened(self.trial), tried, resume=journal)
         middle = time.monotonic()
         (errors,) = reading(self.whole, sensitivity_for(self.stack, shortened(self.trial), self.whole))
         assert isinstance(errors, OutputError)

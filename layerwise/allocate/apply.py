@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.allocate.plan import Plan
-from layerwise.data.text import TextData
+from layerwise.data.text import TextData, by_frequency
 from layerwise.errors import BadData, BadModel, BadOption, BadPlan
 from layerwise.io.pages import trim
 from layerwise.nets.decoder import Block
@@ -40,7 +40,8 @@ def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStac
     spec = plan.edited(stack.spec)
     layers, outside = _transforms(plan)
     _check_shared(layers, stack.spec.rows)
-    if data is None and any("gram" in transform.needs for edits in layers.values() for transform in edits):
+    if data is None and (any("gram" in transform.needs for edits in layers.values() for transform in edits)
+                         or any(transform.frequent is not None for transform in outside.values())):
         raise BadData(
             "a plan that needs calibration statistics, without data",
             expected="calibration text",
@@ -52,12 +53,13 @@ def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStac
     gram_CC = table_gram(normed(stack, states), stack.spec.tied) if states else None
     del states
     trim()
+    order_V = None if data is None else by_frequency(data, stack.spec.vocabulary)
     looked_up = gram_CC if stack.spec.tied else None
     slim = stack.rebuilt(
         spec,
         blocks,
-        embedding=_packed_table(stack.decoder.embedding, outside.get("embedding"), looked_up),
-        head=_packed_table(stack.decoder.head, outside.get("head"), gram_CC),
+        embedding=_packed_table(stack.decoder.embedding, outside.get("embedding"), looked_up, order_V),
+        head=_packed_table(stack.decoder.head, outside.get("head"), gram_CC, order_V),
     )
     slim.origin = stack, plan
     trim()
@@ -102,10 +104,11 @@ def _check_shared(layers: Mapping[int, Sequence[Transform]], rows: Sequence[Laye
                               do="remove this edit, or for scale-inputs the input 'o'")
 
 
-def _packed_table(table: nn.Module | None, transform: Quantize | None, gram_CC: Tensor | None) -> nn.Module | None:
+def _packed_table(table: nn.Module | None, transform: Quantize | None, gram_CC: Tensor | None,
+                  order_V: Tensor | None) -> nn.Module | None:
     if transform is None or table is None:
         return None
-    return pack_table(values(table), transform.format, transform.method, gram_CC)
+    return pack_table(values(table), transform.table_format, transform.method, gram_CC, order_V)
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from layerwise.errors import BadOption
 from layerwise.measure.output_error import ROTATED, kept_units, units_of
 from layerwise.measure.scores import Scores
 from layerwise.nets.decoder import MATRICES
-from layerwise.spec import Attention, Format, LayerSpec, StackSpec
+from layerwise.spec import Attention, Format, LayerSpec, StackSpec, Tiers, parse_table_format
 from layerwise.transform.learn_rotation import rotatable
 
 TABLE_BITS = (8, 6, 4)
@@ -76,6 +76,19 @@ def mixed(labels: Sequence[str], method: str = "gptq", tables: Sequence[str] | N
     return found
 
 
+def tiered(labels: Sequence[str], method: str = "gptq") -> list[Alternative]:
+    """Token tables whose rows differ by how frequent their tokens are, as the labels say (see `Tiers`)."""
+    found = []
+    for label in labels:
+        format = parse_table_format(label)
+        assert isinstance(format, Tiers)
+        rare = format.rare
+        settings = {"bits": rare.bits, "group": rare.group, "symmetric": rare.symmetric, "method": method,
+                    "frequent": format.frequent.label, "frequent_rows": format.rows}
+        found.append(Alternative(label, "quantize", settings, f"output-error:{label}", 4.0**-rare.bits, tables=True))
+    return found
+
+
 def factored(shares: Sequence[float], labels: Sequence[str], method: str = "gptq") -> list[Alternative]:
     """Each matrix by itself as factors with a share of its parameters, the factors in one of the formats."""
     return [Alternative(f"rank {share:g}, {inner.label}", "low-rank", {"rank": share}, f"output-error:rank {share:g}",
@@ -131,13 +144,16 @@ def dropped(part: Literal["layer", "attention", "feed_forward"] = "layer") -> Al
 def defaults(scores: Scores, by: str | Sequence[str] | None = None) -> list[Alternative]:
     """Keep and every bit width; dropping too where a column says what taking a layer away does.
 
-    Where output errors and responses were measured, every matrix by itself in every format they know.
+    Where output errors and responses were measured, every matrix by itself in every format they know, and token tables
+    in the tiers that were tried.
     """
     labels = [name.split(":", 2)[2] for name in scores.columns if name.startswith("output-error:")]
     known = [label for label in dict.fromkeys(labels) if label != "probe" and " " not in label]
     if by is None and known and any(name.startswith("response:") for name in scores.columns):
         drops = [dropped(), dropped("attention"), dropped("feed_forward")]
-        return [keep(), *mixed(known), rotated(), *(drop for drop in drops if tried_columns(scores, drop))]
+        tiers = [name.partition(":")[2] for name in scores.columns if name.startswith("response:") and "@" in name]
+        return [keep(), *mixed(known), *tiered(tiers), rotated(),
+                *(drop for drop in drops if tried_columns(scores, drop))]
     names = scores.columns if by is None else [by] if isinstance(by, str) else by
     parts = [dropped("attention"), dropped("feed_forward")]
     offered = [part for part in parts if by is None and tried_columns(scores, part)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from layerwise.allocate.cost import tables
 from layerwise.errors import BadOption
-from layerwise.spec import Format, LayerSpec, StackSpec
+from layerwise.spec import LayerSpec, StackSpec, TableFormat
 from layerwise.transform import TRANSFORMS
 
 
@@ -26,8 +26,8 @@ def edited_table(spec: StackSpec, target: str, transform: str | None,
     """`spec` after packing its "embedding" or "head". Raises BadOption for a transform that does not pack."""
     if transform is None:
         return spec
-    format = getattr(TRANSFORMS[transform](**arguments), "format", None)
-    if not isinstance(format, Format) or target not in tables(spec):
+    format = getattr(TRANSFORMS[transform](**arguments), "table_format", None)
+    if not isinstance(format, TableFormat) or target not in tables(spec):
         raise BadOption(f"{transform} for the {target!r} of this model",
                         expected="quantize, for the embedding or a head of its own", do="remove this edit")
     if target == "embedding":

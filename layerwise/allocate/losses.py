@@ -16,7 +16,7 @@ from typing import Any
 
 from layerwise.errors import BadOption
 from layerwise.measure.scores import Column, Scores
-from layerwise.spec import StackSpec
+from layerwise.spec import StackSpec, Tiers, parse_table_format
 from layerwise.transform.share_kv import sources
 
 Target = int | str
@@ -161,9 +161,9 @@ def importance(column: Column, ratio: bool) -> list[float]:
 
 def _measured(scores: Scores, alternative: Alternative, target: Target) -> float:
     names = tried_columns(scores, alternative)
-    if isinstance(target, str) and alternative.each and alternative.measured is not None:
-        setting = alternative.measured.partition(":")[2]
-        tried, left = f"response:{setting}", f"output-error:table:{setting}"
+    if isinstance(target, str) and (alternative.measured or "").startswith("output-error:"):
+        setting = (alternative.measured or "").partition(":")[2]
+        tried, left = f"response:{setting}", f"output-error:table:{_mostly(setting)}"
         part = scores[left].outside.get(target, 1.0) if left in scores else 1.0
         return part * _value(scores[tried], target) if tried in scores else math.nan
     if alternative.measured is None or not names:
@@ -177,6 +177,12 @@ def _measured(scores: Scores, alternative: Alternative, target: Target) -> float
     parts = _per_matrix(scores, alternative.measured)
     matrices = scores.spec.rows[target].matrices(scores.spec.hidden)
     return sum(_loss(scores, parts[matrix], target) for matrix in matrices)
+
+
+def _mostly(label: str) -> str:
+    """The format in which most rows of a table are."""
+    format = parse_table_format(label)
+    return format.rare.label if isinstance(format, Tiers) else label
 
 
 def _loss(scores: Scores, column: str, layer: int) -> float:

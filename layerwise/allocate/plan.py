@@ -37,6 +37,8 @@ class Edit:
     def __str__(self) -> str:
         if self.transform == "quantize" and {"bits", "group", "symmetric"} <= set(self.arguments):
             label = Format(*(self.arguments[name] for name in ("bits", "group", "symmetric"))).label
+            if self.arguments.get("frequent"):
+                label = f"{self.arguments['frequent']}@{self.arguments['frequent_rows']}+{label}"
             return f"{label} {' '.join(self.arguments.get('matrices') or ())}".rstrip()
         settings = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
         return f"{self.transform} {settings}".rstrip()
@@ -44,7 +46,7 @@ class Edit:
     def brief(self) -> str:
         """A few words: `4 bits`, `drop layer`."""
         if "bits" in self.arguments:
-            return f"{self.arguments['bits']} bits"
+            return f"{self.arguments['bits']} bits{' for rare tokens' if self.arguments.get('frequent') else ''}"
         settings = (value for name, value in self.arguments.items() if name != "matrices")
         return " ".join([self.transform, *map(str, settings)])
 

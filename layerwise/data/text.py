@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,12 +52,17 @@ class Source:
 
 @dataclass(frozen=True)
 class TextData:
-    """Blocks of text as token ids, `tokens_NT` int64; `mask_NT` is True at real tokens, None if all are."""
+    """Blocks of text as token ids, `tokens_NT` int64; `mask_NT` is True at real tokens, None if all are.
+
+    `counts_V` says how often each token comes in all the text that the blocks were drawn from, up to the last that
+    does; None where they are all of it.
+    """
 
     tokens_NT: Tensor
     name: str
     source: Source
     mask_NT: Tensor | None = None
+    counts_V: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.tokens_NT)
@@ -95,6 +100,12 @@ class TextData:
         """The first `length` tokens of every block."""
         mask_NT = None if self.mask_NT is None else self.mask_NT[:, :length]
         return dataclasses.replace(self, tokens_NT=self.tokens_NT[:, :length], mask_NT=mask_NT)
+
+    def without(self, other: TextData) -> TextData:
+        """The same blocks, of text in whose counts those of `other`, drawn from the same, are left out."""
+        counts_V = token_counts(self)
+        theirs_V = torch.bincount(other.tokens_NT.flatten(), minlength=len(counts_V))
+        return dataclasses.replace(self, counts_V=(counts_V - theirs_V[: len(counts_V)]).clamp(min=0))
 
     def _part(self, rows: slice) -> TextData:
         mask_NT = None if self.mask_NT is None else self.mask_NT[rows]
@@ -203,7 +214,27 @@ def _pack(
     sides = [torch.tensor(side, dtype=torch.int64).expand(len(chosen), -1) for side in (before, after)]
     tokens_NT = torch.cat([sides[0], tokens_NT, sides[1]], dim=1)
     source = Source(where, split, _hash("".join(parts)), len(ids), tuple(chosen.tolist()))
-    return TextData(tokens_NT, name, source)
+    return TextData(tokens_NT, name, source, counts_V=torch.bincount(torch.tensor(ids)))
+
+
+def token_counts(text: Any) -> Tensor:
+    """How often each token comes, [up to the last that does], int64: in all that the blocks were drawn from.
+
+    `text` is a TextData or any other data in batches of tokens.
+    """
+    counts_V: Tensor | None = getattr(text, "counts_V", None)
+    if counts_V is not None:
+        return counts_V
+    parts = [batch.tokens_BT if batch.mask_BT is None else batch.tokens_BT[batch.mask_BT] for batch in text.batches()]
+    return torch.bincount(torch.cat([part.flatten() for part in parts]))
+
+
+def by_frequency(text: Any, vocabulary: int) -> Tensor:
+    """All tokens, [V] int64, the most frequent first; those that are equally frequent in the order of their numbers."""
+    counts_V = torch.zeros(vocabulary, dtype=torch.int64)
+    found = token_counts(text)[:vocabulary]
+    counts_V[: len(found)] = found
+    return counts_V.argsort(descending=True, stable=True)
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:

@@ -87,7 +87,7 @@ def _packed(spec: StackSpec, allowed: Allowed) -> dict[Place, bool]:
     """Which matrices are stored packed, and whether they are rounded again."""
     for name, format in (("embedding", spec.embedding_format), ("head", spec.head_format)):
         if format is not None and not allowed.dense:
-            raise refuse(f"the {name} in {format.bits} bits", "compressed-tensors",
+            raise refuse(f"the {name} in {format.words}", "compressed-tensors",
                          "packed matrices in layers", "allow --allow-dense (the table takes more bytes)")
     found: dict[Place, bool] = {}
     for layer, name, row in names(spec.rows, spec.hidden):

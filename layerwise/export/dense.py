@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from layerwise.nets.decoder import MATRICES, Block
 from layerwise.nets.factored import FactoredLinear
-from layerwise.nets.packed import PackedEmbedding, PackedMatrix
+from layerwise.nets.packed import PackedMatrix
+from layerwise.nets.tiered import PackedTable, TieredEmbedding
 from layerwise.stack.decoder import DecoderStack
 
 
@@ -33,9 +34,9 @@ def dense_tensors(stack: DecoderStack) -> Iterator[tuple[str, Tensor]]:
 
 def _module(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one module, its matrix as numbers."""
-    if isinstance(module, PackedMatrix | FactoredLinear):
+    if isinstance(module, PackedMatrix | FactoredLinear | TieredEmbedding):
         yield f"{path}.weight", module.dense()
-        bias = None if isinstance(module, PackedEmbedding) else module.bias
+        bias = None if isinstance(module, PackedTable) else module.bias
         if isinstance(bias, Tensor):
             yield f"{path}.bias", bias
     else:

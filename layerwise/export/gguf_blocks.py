@@ -59,7 +59,7 @@ def block_type(format: Format, columns: int, what: str, allowed: Allowed) -> tup
     if fits and key in WIDER and allowed.wider:
         return WIDER[key], True
     if columns % BLOCK == 0 and allowed.requantize:
-        return _rounded_type(format.bits), False
+        return rounded_type(format.bits), False
     if allowed.dense:
         return "", False
     raise _no_type(format, columns, what, WIDER.get(key) if fits else None)
@@ -131,7 +131,7 @@ def _half(value_ON: Tensor, what: str) -> Tensor:
     return half[..., None].view(torch.uint8)
 
 
-def _rounded_type(bits: int) -> str:
+def rounded_type(bits: int) -> str:
     return "Q4_1" if bits <= 4 else "Q5_1" if bits == 5 else "Q8_0"
 
 
@@ -141,7 +141,7 @@ def _no_type(format: Format, columns: int, what: str, wider: str | None) -> BadO
     given = f"{what} in {format.bits} bits, {grouped}, {kind}, rows of {columns}"
     options = [f"--allow-wider (same values as {wider})"] if wider else []
     if columns % BLOCK == 0:
-        options.append(f"--allow-requantize (rounded again to {_rounded_type(format.bits)})")
+        options.append(f"--allow-requantize (rounded again to {rounded_type(format.bits)})")
     options.append("--allow-dense")
     return refuse(given, "GGUF", "4 or 5 bits, or 8 bits symmetric, in groups of whole blocks of 32",
                   f"allow {' or '.join(options)}")

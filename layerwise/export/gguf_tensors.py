@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from layerwise.export.base import Allowed, refuse
-from layerwise.export.gguf_blocks import block_type, codes, encode
+from layerwise.export.gguf_blocks import BLOCK, block_type, codes, encode, rounded_type
 from layerwise.export.gguf_metadata import EMPTY_WIDTH, UNEVEN, architecture, llama3_rope
 from layerwise.io.weights import expected_tensors
 from layerwise.nets.decoder import MATRICES, Block
 from layerwise.nets.flow import frequencies
 from layerwise.nets.packed import PackedMatrix
-from layerwise.spec import Attention, FeedForward, Format, Rope, StackSpec
+from layerwise.spec import Attention, FeedForward, Format, Rope, StackSpec, Tiers
 from layerwise.stack.decoder import DecoderStack
 
 DENSE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -100,7 +100,11 @@ def _outer(spec: StackSpec, stem: str, kind: str, shape: tuple[int, ...], allowe
     name = f"{OUTER[stem]}.{kind}"
     if stem in ("embedding", "head"):
         format = spec.embedding_format if stem == "embedding" else spec.head_format
-        yield _matrix(Item(name, None, (stem,), shape, DENSE[spec.dtype], format), f"the {stem}", allowed)
+        item = Item(name, None, (stem,), shape, DENSE[spec.dtype])
+        if isinstance(format, Tiers):
+            yield _tiers(item, format, f"the {stem}", allowed)
+        else:
+            yield _matrix(replace(item, format=format), f"the {stem}", allowed)
     else:
         yield Item(name, None, (stem,), shape, "F32")
 
@@ -146,6 +150,16 @@ def _matrix(item: Item, what: str, allowed: Allowed) -> Item:
         return item
     kind, kept = block_type(item.format, item.shape[-1], what, allowed)
     return replace(item, kind=kind, kept=kept) if kind else replace(item, format=None)
+
+
+def _tiers(item: Item, format: Tiers, what: str, allowed: Allowed) -> Item:
+    """A table whose rows differ: all of it in the wider type, or dense."""
+    if allowed.requantize and item.shape[-1] % BLOCK == 0:
+        return replace(item, kind=rounded_type(format.frequent.bits), format=format.frequent, kept=False)
+    if not allowed.dense:
+        raise refuse(f"{what} in {format.words}", "GGUF", "one type for a table",
+                     "allow --allow-requantize (all of it in the wider one) or --allow-dense")
+    return item
 
 
 # data ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from layerwise.export.gguf_tensors import INNER
 from layerwise.export.source import Source
 from layerwise.io import atomic
 from layerwise.nets.decoder import MATRICES
-from layerwise.spec import Format, LayerSpec, StackSpec
+from layerwise.spec import Format, LayerSpec, StackSpec, Tiers
 
 SUPER = 256
 """Weights in a block of the K types; rows of other lengths get the older type of the same or more bits."""
@@ -41,7 +41,7 @@ class LlamaCppRules(Export):
         check_rows(spec.rows, "llama-quantize")
         _same_shapes(source, allowed)
         lines = [f"--tensor-type {pattern}={kind}" for pattern, kind in tensor_types(spec).items()]
-        lines += _tables(spec)
+        lines += _tables(spec, allowed)
         if source.plan is not None and len(source.layers) < len(source.original.rows):
             gone = sorted(set(range(len(source.original.rows))) - set(source.layers))
             lines.append(f"--prune-layers {','.join(map(str, gone))}")
@@ -73,11 +73,17 @@ def kind(format: Format | None, columns: int, dtype: str) -> str:
     return (K_TYPES if columns % SUPER == 0 else OLD_TYPES)[format.bits]
 
 
-def _tables(spec: StackSpec) -> list[str]:
-    embedding = kind(spec.embedding_format, spec.hidden, spec.dtype)
-    lines = [f"--token-embedding-type {embedding}"]
-    if not spec.tied:
-        lines.append(f"--output-tensor-type {kind(spec.head_format, spec.hidden, spec.dtype)}")
+def _tables(spec: StackSpec, allowed: Allowed) -> list[str]:
+    lines = []
+    for option, name, format in (("token-embedding", "embedding", spec.embedding_format),
+                                 ("output-tensor", "head", None if spec.tied else spec.head_format)):
+        if isinstance(format, Tiers):
+            if not allowed.dense:
+                raise refuse(f"the {name} in {format.words}", "llama-quantize", "one type for a table",
+                             "allow --allow-dense to leave it unpacked")
+            format = None
+        if name == "embedding" or not spec.tied:
+            lines.append(f"--{option}-type {kind(format, spec.hidden, spec.dtype)}")
     return lines
 
 

@@ -66,7 +66,7 @@ def config(format: Format) -> dict[str, Any]:
 
 def _check(spec: StackSpec, allowed: Allowed) -> int:
     """How many choices are passed over. Raises BadOption for the first where that is not allowed."""
-    found = [f"the {name} in {format.bits} bits" for name, format in
+    found = [f"the {name} in {format.words}" for name, format in
              (("embedding", spec.embedding_format), ("head", spec.head_format)) if format]
     for layer, row in enumerate(spec.rows):
         found += [f"the matrix {name!r} of layer {layer} as two factors" for name in row.ranks]

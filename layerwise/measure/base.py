@@ -14,6 +14,7 @@ learned is stored on the instrument. Hooks, devices and progress belong to the e
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
@@ -36,6 +37,14 @@ Site = Literal["input", "output", "attention", "feed_forward", "lens"]
 Needs = Literal["tokens", "labels", "output"]
 """What must follow from the data: next tokens (decoders only), for other modules labels, or nothing but the output."""
 T = TypeVar("T")
+
+
+def digest(tensors: Iterable[Tensor]) -> str | None:
+    """What stands for parameters that are tensors where plain values are wanted; None for none."""
+    found, tensors = hashlib.sha256(), list(tensors)
+    for tensor in tensors:
+        found.update(tensor.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16] if tensors else None
 
 
 class Instrument(ABC):

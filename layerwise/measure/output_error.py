@@ -15,7 +15,6 @@ Shapes: O outputs (a sample of them), I inputs.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadOption
-from layerwise.measure.base import Reading
+from layerwise.measure.base import Reading, digest
 from layerwise.measure.scores import Direction
 from layerwise.nets.decoder import MATRICES, Block
 from layerwise.spec import Attention, Format, LayerSpec
@@ -91,11 +90,7 @@ class OutputError(Reading):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the sensitivity as a digest."""
-        digest = hashlib.sha256()
-        for felt_C in self.sensitivity:
-            digest.update(felt_C.float().cpu().numpy().tobytes())
-        plain = Reading.to_json(replace(self, sensitivity=()))
-        return plain | {"sensitivity": digest.hexdigest()[:16] if self.sensitivity else None}
+        return Reading.to_json(replace(self, sensitivity=())) | {"sensitivity": digest(self.sensitivity)}
 
     @property
     def parts(self) -> Mapping[str, str]:

@@ -15,19 +15,19 @@ Cost: layers^2 / 2 layer runs per matrix, half of starting over for each.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.errors import BadOption
-from layerwise.measure.base import Intervention, Trial
+from layerwise.measure.base import Intervention, Trial, digest
 from layerwise.measure.ending import Ending, kl
 from layerwise.measure.floor import FLOOR, Dither, above, floor_column, floor_of, floor_trials
 from layerwise.measure.output_error import PROBE
 from layerwise.measure.scores import Column, Direction
 from layerwise.nets.decoder import MATRICES, Block
-from layerwise.spec import Format, LayerSpec, Precision
+from layerwise.spec import LayerSpec, Precision, TableFormat, parse_table_format
 from layerwise.stack.base import Skip, Stack
 from layerwise.stack.decoder import DecoderStack
 from layerwise.transform.cache_precision import CachePrecision
@@ -46,7 +46,8 @@ CACHES: dict[str, Precision] = {"cache int8": "int8", "cache int4": "int4"}
 @dataclass(frozen=True)
 class Response(Intervention):
     """Columns `<matrix>`, and those of `drops`, `shares` and `caches`; formats of `tables` fill only the columns'
-    `outside`. Output is compared at `tokens` positions of every row (None: all).
+    `outside`. Output is compared at `tokens` positions of every row (None: all). `order_V` holds the tokens, the most
+    frequent first, for formats of tables whose rows differ by that (`8/row=@8192+3/64`).
     """
 
     matrices: bool = True
@@ -55,6 +56,7 @@ class Response(Intervention):
     tokens: int | None = 128
     shares: tuple[str, ...] = ()
     caches: tuple[str, ...] = ()
+    order_V: Tensor | None = field(default=None, repr=False, compare=False)
 
     name: ClassVar[str] = "response"
     unit: ClassVar[str] = "nats/token"
@@ -63,14 +65,19 @@ class Response(Intervention):
     for_plans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for field in ("drops", "tables", "shares", "caches"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for name in ("drops", "tables", "shares", "caches"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for label in self.tables:
-            Format.parse(label)
+            parse_table_format(label)
         for what, given, known in (("drops", self.drops, DROPS), ("shares", self.shares, SHARES),
                                    ("caches", self.caches, CACHES)):
             if unknown := sorted(set(given) - set(known)):
                 raise BadOption(f"{what} {unknown}", expected=f"some of {list(known)}", do="correct the names")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the order of the tokens as a digest."""
+        order = digest([] if self.order_V is None else [self.order_V])
+        return Intervention.to_json(replace(self, order_V=None)) | {"order_V": order}
 
     @property
     def parts(self) -> Mapping[str, str]:
@@ -100,7 +107,7 @@ class Response(Intervention):
     def alternative(self, stack: Stack, trial: Trial) -> nn.Module | Stack:
         assert isinstance(stack, DecoderStack)
         if isinstance(trial.place, str):
-            return _with_table(stack, trial.place, Format.parse(trial.part))
+            return _with_table(stack, trial.place, parse_table_format(trial.part), self.order_V)
         block, row = stack.block(trial.place), stack.spec.rows[trial.place]
         assert isinstance(block, Block)
         if trial.part == FLOOR:
@@ -130,9 +137,9 @@ def _changes(change: CachePrecision, row: LayerSpec) -> bool:
         return False
 
 
-def _with_table(stack: DecoderStack, name: str, format: Format) -> DecoderStack:
+def _with_table(stack: DecoderStack, name: str, format: TableFormat, order_V: Tensor | None) -> DecoderStack:
     table = stack.decoder.embedding if name == "embedding" else stack.decoder.head
     assert table is not None
     spec = replace(stack.spec, **{f"{name}_format": format})  # type: ignore[arg-type]
-    packed = {name: pack_table(values(table), format, "search")}
+    packed = {name: pack_table(values(table), format, "search", order_V=order_V)}
     return stack.with_tables(spec, **packed)

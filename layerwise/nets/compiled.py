@@ -2,8 +2,8 @@
 
 Few new tokens pass a layer in forty small calls of torch, whose int4 kernels for a CPU read at a third of the speed of
 memory. These functions do what decoding needs instead, and what prompts need as well, in float32, or in bfloat16 on
-processors that multiply pairs of it or have a matrix unit. They are compiled once, in about 20 seconds on two cores, where
-there is a C compiler with OpenMP, and kept in the cache folder.
+processors that multiply pairs of it or have a matrix unit. They are compiled once, in about 20 seconds on two cores,
+where there is a C compiler with OpenMP, and kept in the cache folder.
 Nothing depends on them: without a compiler, or with LAYERWISE_NATIVE=0 in the environment, torch's kernels are used.
 """
 

@@ -20,8 +20,9 @@ from layerwise.nets.flow import Flow
 from layerwise.nets.mixers import build_mixer
 from layerwise.nets.norms import build_norm
 from layerwise.nets.packed import PackedEmbedding
+from layerwise.nets.tiered import PackedTable, TieredEmbedding
 from layerwise.spec import Attention as AttentionSpec
-from layerwise.spec import Format, LayerSpec, Mixer, StackSpec
+from layerwise.spec import LayerSpec, Mixer, StackSpec, TableFormat, Tiers
 
 M = TypeVar("M", bound=nn.Module)
 Part = Literal["attention", "feed_forward"]
@@ -125,7 +126,7 @@ class Decoder(nn.Module):
         self.positions = _embedding(spec.learned_positions, spec.hidden) if spec.learned_positions else None
         self.layers = nn.ModuleList(Block(row, spec.hidden) for row in spec.rows)
         self.norm = build_norm(spec.final_norm, spec.hidden)
-        self.head: nn.Embedding | PackedEmbedding | None = None if spec.tied else _table(spec.head_format, spec)
+        self.head: nn.Embedding | PackedTable | None = None if spec.tied else _table(spec.head_format, spec)
 
     def embed(self, tokens_BT: Tensor, flow: Flow) -> Tensor:
         """Token (and learned position) embeddings, [B, T, C]; every pass begins here."""
@@ -152,9 +153,11 @@ class Decoder(nn.Module):
         return self.logits(x_BTC)
 
 
-def _table(packed: Format | None, spec: StackSpec) -> nn.Embedding | PackedEmbedding:
+def _table(packed: TableFormat | None, spec: StackSpec) -> nn.Embedding | PackedTable:
     if packed is None:
         return _embedding(spec.vocabulary, spec.hidden)
+    if isinstance(packed, Tiers):
+        return TieredEmbedding.empty(spec.vocabulary, spec.hidden, packed, getattr(torch, spec.dtype))
     return PackedEmbedding.empty(spec.vocabulary, spec.hidden, packed, getattr(torch, spec.dtype))
 
 

@@ -143,7 +143,7 @@ class NativeMatrix:
 
     def values(self, rows_M: Tensor) -> Tensor:
         """The numbers of the given rows, float32 [M, I]. Raises IndexError for a row that does not exist."""
-        found, rows_M = library(), rows_M.contiguous()
+        found, rows_M = library(), rows_M.to(torch.int64).contiguous()
         assert found is not None
         y_MI = torch.empty(len(rows_M), self.inputs)
         if found.packed_rows(self.address, rows_M.data_ptr(), len(rows_M), y_MI.data_ptr()):

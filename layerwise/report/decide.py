@@ -52,7 +52,7 @@ class Decide:
             if alternative.each:
                 names += [f"response:{setting}", *(f"{kind}:{matrix}:{setting}" for matrix in MATRICES)]
             elif alternative.measured:
-                names.append(alternative.measured)
+                names += [alternative.measured, f"response:{setting}"]
         return names
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from layerwise.allocate.edits import edited_row
 from layerwise.allocate.plan import Plan
-from layerwise.spec import DTYPE_BYTES, Attention, Format, LayerSpec, StackSpec, describe
+from layerwise.spec import DTYPE_BYTES, Attention, LayerSpec, StackSpec, TableFormat, Tiers, describe
 
 GONE = 0.0
 
@@ -148,9 +148,11 @@ def _table_changes(before: StackSpec, after: StackSpec) -> Iterator[LayerChange]
         yield LayerChange(name, _table_words(packed), old, new, {"table": _table_bits(packed, after)})
 
 
-def _table_words(packed: Format | None) -> str:
-    return f"{packed.bits} bits" if packed else "as it was"
+def _table_words(packed: TableFormat | None) -> str:
+    return packed.words if packed else "as it was"
 
 
-def _table_bits(packed: Format | None, spec: StackSpec) -> float:
+def _table_bits(packed: TableFormat | None, spec: StackSpec) -> float:
+    if isinstance(packed, Tiers):
+        return packed.bits(spec.vocabulary)
     return float(packed.bits) if packed else 8.0 * DTYPE_BYTES[spec.dtype]

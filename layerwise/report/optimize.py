@@ -15,7 +15,7 @@ from layerwise.allocate.losses import Alternative
 from layerwise.allocate.plan import Plan
 from layerwise.allocate.solvers import SOLVERS
 from layerwise.allocate.stopwatch import clock_for
-from layerwise.data.text import TextData, text_blocks
+from layerwise.data.text import TextData, by_frequency, text_blocks
 from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.measure.engine import measure
 from layerwise.measure.identity import identity
@@ -176,7 +176,8 @@ def parted(text: TextData, trials: int = TRIAL) -> tuple[TextData, TextData]:
     if len(text) < 2 or not isinstance(text, TextData):
         return text, text
     trial = min(trials, len(text) // 2)
-    return text.take(len(text) - trial), text.skip(len(text) - trial)
+    apart = text.skip(len(text) - trial)
+    return text.take(len(text) - trial).without(apart), apart.without(apart)
 
 
 def opened(source: str | Path, tell: Tell) -> DecoderStack:
@@ -210,7 +211,7 @@ def measured_for(
     """
     journal = run.path("measured.jsonl")
     trial = shortened(trial)
-    *cheap, response = trying(alternatives)
+    *cheap, response = trying(alternatives, by_frequency(calibration, stack.spec.vocabulary))
     assert isinstance(response, Response)
     early = decide if len(trial) > LEAST and (response.drops or response.shares) else None
     tell(f"trying changes to {len(stack)} layers on {trial.tokens_NT.numel():,} tokens")

@@ -48,6 +48,11 @@ class Format:
         scales = "" if self.scale_bits == 16 else f"s{self.scale_bits}"
         return f"{self.bits}/{self.group or 'row'}{'=' if self.symmetric else ''}{scales}"
 
+    @property
+    def words(self) -> str:
+        """For a reader."""
+        return f"{self.bits} bits"
+
     @staticmethod
     def parse(label: str) -> Format:
         """The inverse of `label`. Raises BadOption for text that names no format."""
@@ -68,6 +73,61 @@ class Format:
         packed = math.ceil(groups * group * self.bits / 8) if self.group else math.ceil(columns * self.bits / 8)
         scales = groups * 2 if self.scale_bits == 16 else math.ceil(groups * self.scale_bits / 8) + 2
         return rows * (packed + scales * (1 if self.symmetric else 2))
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """How a token table is stored whose rows differ: those of the `rows` most frequent tokens in one format, all others
+    in another. Which tokens those are is stored beside them, in four bytes a token.
+    """
+
+    rows: int
+    frequent: Format
+    rare: Format
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise BadOption(f"a table with {self.rows} rows of frequent tokens", expected="at least one",
+                            do="use one format for the whole table")
+
+    @property
+    def label(self) -> str:
+        """A short name: `8/row=@8192+3/64` is 8 bits for 8192 tokens and 3 for all others."""
+        return f"{self.frequent.label}@{self.rows}+{self.rare.label}"
+
+    @property
+    def words(self) -> str:
+        """For a reader."""
+        return f"{self.frequent.words} for {self.rows:,} frequent tokens, {self.rare.words} for all others"
+
+    def bits(self, rows: int) -> float:
+        """Bits of a number in a table of so many rows, scales left out."""
+        share = self.rows / rows
+        return share * self.frequent.bits + (1 - share) * self.rare.bits
+
+    def bytes(self, rows: int, columns: int) -> int:
+        """Stored bytes of a table of so many rows. Raises as `parts`."""
+        few, many = self.parts(rows)
+        return self.frequent.bytes(few, columns) + self.rare.bytes(many, columns) + 4 * rows
+
+    def parts(self, rows: int) -> tuple[int, int]:
+        """How many rows of a table are in which format. Raises BadOption where none would be left for rare tokens."""
+        if self.rows >= rows:
+            raise BadOption(f"{self.rows} frequent ones of {rows} tokens", expected="fewer than there are",
+                            do="use one format for the whole table")
+        return self.rows, rows - self.rows
+
+
+TableFormat = Format | Tiers
+"""How a packed token table is stored."""
+
+
+def parse_table_format(label: str) -> TableFormat:
+    """The inverse of `label` of either. Raises BadOption for text that names none."""
+    match = re.fullmatch(r"(.+)@(\d+)\+(.+)", label)
+    if not match:
+        return Format.parse(label)
+    return Tiers(int(match[2]), Format.parse(match[1]), Format.parse(match[3]))
 
 
 def group_of(width: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from layerwise.errors import BadOption
 from layerwise.spec import values
-from layerwise.spec.formats import DTYPE_BYTES, Format
+from layerwise.spec.formats import DTYPE_BYTES, TableFormat
 from layerwise.spec.mixers import Attention, Opaque
 from layerwise.spec.row import LayerSpec, Norm, describe
 
@@ -34,8 +34,8 @@ class StackSpec:
     learned_positions: int = 0
     final_norm: Norm = field(default_factory=Norm)
     logit_softcap: float | None = None
-    embedding_format: Format | None = None
-    head_format: Format | None = None
+    embedding_format: TableFormat | None = None
+    head_format: TableFormat | None = None
     outside: Opaque | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,7 +75,7 @@ class StackSpec:
             return self.outside.parameters
         return (1 if self.tied else 2) * self.vocabulary * self.hidden + self._rest()
 
-    def _table_bytes(self, packed: Format | None) -> int:
+    def _table_bytes(self, packed: TableFormat | None) -> int:
         if packed:
             return packed.bytes(self.vocabulary, self.hidden)
         return self.vocabulary * self.hidden * DTYPE_BYTES[self.dtype]

@@ -12,7 +12,7 @@ from layerwise.errors import BadOption
 LATER = {"later": True}
 """Metadata of a field that came later: it is written where it is not the default, so that older tables stay equal."""
 
-TAGGED = ("Attention", "FeedForward", "Opaque", "StateSpace")
+TAGGED = ("Attention", "FeedForward", "Opaque", "StateSpace", "Tiers")
 """Classes that are written with their name, since another may stand in their place."""
 
 
@@ -75,7 +75,8 @@ def _item(hint: Any, item: Any) -> Any:
              if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
     if not found:
         return item
-    kind = item.get("kind_of", next(iter(found)) if len(found) == 1 else None)
+    plain = [name for name in found if len(found) == 1 or name not in TAGGED]
+    kind = item.get("kind_of", plain[0] if len(plain) == 1 else None)
     if kind not in found:
         raise BadOption(f"a value of kind {kind!r}", expected=f"one of {sorted(found)}",
                         do="write the table with this version of layerwise")

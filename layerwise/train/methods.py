@@ -14,7 +14,7 @@ from torch import nn
 
 from layerwise.errors import BadOption, MissingExtra
 from layerwise.nets.decoder import Block, Decoder
-from layerwise.nets.packed import PackedEmbedding
+from layerwise.nets.tiered import PackedTable
 from layerwise.stack.decoder import DecoderStack
 from layerwise.train.scales import packed_again, trainable_scales
 
@@ -67,7 +67,7 @@ def prepared(stack: DecoderStack, method: Method) -> DecoderStack:
     student = stack.copied(torch.float32)
     for name in ("embedding", "head"):
         table = getattr(student.decoder, name)
-        if isinstance(table, PackedEmbedding):
+        if isinstance(table, PackedTable):
             setattr(student.decoder, name, nn.Embedding.from_pretrained(table.dense()))
     student.decoder.requires_grad_(False)
     if isinstance(method, Lora):
@@ -90,7 +90,7 @@ def stored(student: DecoderStack, stack: DecoderStack) -> DecoderStack:
     _merge(student.decoder)
     packed_again(student.decoder)
     for name in ("embedding", "head"):
-        if isinstance(table := getattr(stack.decoder, name), PackedEmbedding):
+        if isinstance(table := getattr(stack.decoder, name), PackedTable):
             setattr(student.decoder, name, table)
     healed = student.copied(stack.dtype)
     healed.decoder.requires_grad_(False).eval()

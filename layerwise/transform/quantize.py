@@ -15,7 +15,8 @@ from layerwise.errors import BadData, BadOption
 from layerwise.nets.decoder import MATRICES, Block
 from layerwise.nets.factored import FactoredLinear, Matrix
 from layerwise.nets.packed import PackedEmbedding, PackedLinear, PackedMatrix
-from layerwise.spec import Format, LayerSpec, Opaque
+from layerwise.nets.tiered import PackedTable, TieredEmbedding
+from layerwise.spec import Format, LayerSpec, Opaque, TableFormat, Tiers
 from layerwise.transform.base import Stats, Transform
 from layerwise.transform.gptq import gptq
 from layerwise.transform.rounding import Rounded, check_finite, round_to_nearest
@@ -41,7 +42,8 @@ class Quantize(Transform):
     each group's full range, `search` looks for the range with the least squared error, weighted by the
     inputs' power where statistics are at hand; `gptq` searches, then compensates rounding errors on calibration
     inputs, and `descent` goes on to improve codes and scales in turn. A name that a layer lacks is passed over,
-    so that one setting serves rows of different kinds.
+    so that one setting serves rows of different kinds. In a token table the rows of the `frequent_rows` most frequent
+    tokens are stored in the format with the label `frequent`.
     """
 
     name: ClassVar[str] = "quantize"
@@ -52,6 +54,8 @@ class Quantize(Transform):
     method: Method = "nearest"
     matrices: tuple[str, ...] | None = None
     scale_bits: int = 16
+    frequent: str | None = None
+    frequent_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -64,7 +68,10 @@ class Quantize(Transform):
         object.__setattr__(self, "matrices", None if self.matrices is None else tuple(self.matrices))
         object.__setattr__(self, "needs", frozenset({"gram"} if self.method in SWEEPS else ()))
         object.__setattr__(self, "wants", frozenset({"gram"} if self.method == "search" else ()))
-        _ = self.format  # a Format checks itself
+        if (self.frequent is None) != (self.frequent_rows == 0):
+            raise BadOption(f"frequent={self.frequent!r} with frequent_rows={self.frequent_rows}",
+                            expected="both or none of them", do="say in which format how many rows are to be stored")
+        _ = self.table_format  # a format checks itself
 
     @property
     def format(self) -> Format:
@@ -74,8 +81,18 @@ class Quantize(Transform):
         symmetric = default.symmetric if self.symmetric is None else self.symmetric
         return Format(self.bits, group, symmetric, self.scale_bits)
 
+    @property
+    def table_format(self) -> TableFormat:
+        """How a token table is stored."""
+        if self.frequent is None:
+            return self.format
+        return Tiers(self.frequent_rows, Format.parse(self.frequent), self.format)
+
     def edit(self, row: LayerSpec, hidden: int) -> LayerSpec:
-        """The row with the new formats. Raises BadOption for an opaque layer."""
+        """The row with the new formats. Raises BadOption for an opaque layer, or for rows of frequent tokens."""
+        if self.frequent is not None:
+            raise BadOption(f"frequent={self.frequent!r} for a layer", expected="a token table, whose rows are tokens",
+                            do="leave it out")
         if isinstance(row.mixer, Opaque):
             raise BadOption(f"quantizing {row.mixer.path}, which layerwise did not build",
                             expected="a layer of a decoder language model", do="leave the layer out")
@@ -137,13 +154,27 @@ def packed(matrix: Matrix, format: Format, method: Method = "nearest", gram_II: 
     return PackedLinear.from_codes(*rounded, format, bias=matrix.bias)
 
 
-def pack_table(weight_VC: Tensor, format: Format, method: Method = "nearest",
-               gram_CC: Tensor | None = None) -> PackedEmbedding:
+def pack_table(weight_VC: Tensor, format: TableFormat, method: Method = "nearest", gram_CC: Tensor | None = None,
+               order_V: Tensor | None = None) -> PackedTable:
     """A token table (embedding or head) in a packed format, for a residual stream of the weights' dtype.
 
     `gram_CC` is that of what a head multiplies, see `table_gram`; without it there are no inputs to calibrate on,
-    and `gptq` and `descent` search. Raises BadModel where weights are not finite.
+    and `gptq` and `descent` search. `order_V` holds the tokens, the most frequent first, which tiers need.
+    Raises BadModel where weights are not finite, and BadData for tiers without an order.
     """
+    if isinstance(format, Tiers):
+        if order_V is None:
+            raise BadData(f"a token table as {format.label} without text", expected="text that shows which tokens are "
+                          "frequent", do="pass data")
+        order_V = order_V.to(weight_VC.device)
+        parts = order_V.split(format.parts(len(order_V)))
+        frequent, rare = (_one_format(weight_VC[part], one, method, gram_CC)
+                          for part, one in zip(parts, (format.frequent, format.rare), strict=True))
+        return TieredEmbedding(frequent, rare, order_V.argsort())
+    return _one_format(weight_VC, format, method, gram_CC)
+
+
+def _one_format(weight_VC: Tensor, format: Format, method: Method, gram_CC: Tensor | None) -> PackedEmbedding:
     if method in SWEEPS and gram_CC is None:
         method = "search"
     rounded = rounded_by(method, weight_VC.detach(), format, gram_CC, what="the token table")
@@ -182,8 +213,8 @@ def rounded_by(method: Method, weight_OI: Tensor, format: Format, gram_II: Tenso
 
 def values(module: nn.Module) -> Tensor:
     """The weights of a linear layer or table, dense, packed or factored, [O, I]; a packed table's in its dtype."""
-    if isinstance(module, FactoredLinear):
+    if isinstance(module, PackedTable):
+        return module.dense(module.dtype)
+    if isinstance(module, FactoredLinear | PackedMatrix):
         return module.dense()
-    if isinstance(module, PackedMatrix):
-        return module.dense(module.dtype if isinstance(module, PackedEmbedding) else torch.float32)
     return cast(Tensor, module.weight).detach()

@@ -9,7 +9,7 @@ import pytest
 
 from layerwise.allocate.plan import Edit, Plan
 from layerwise.errors import BadPlan
-from layerwise.spec import Format
+from layerwise.spec import Format, Tiers
 from tests.allocate.tables import ROW, spec
 
 MODEL = spec(4, tied=False)
@@ -33,6 +33,15 @@ def test_edits_rows_and_tables() -> None:
     assert edited.embedding_format == Format(8, 0, symmetric=True)
     assert edited.head_format is None
     assert MODEL.rows == (ROW,) * 4
+
+
+def test_rows_of_frequent_tokens() -> None:
+    edit = Edit("embedding", "quantize", {"bits": 3, "group": 32, "symmetric": False, "frequent": "8/row=",
+                                          "frequent_rows": 10})
+    assert plan(edit).edited(MODEL).embedding_format == Tiers(10, Format(8, 0, True), Format(3, 32))
+    assert str(edit) == "8/row=@10+3/32"
+    with pytest.raises(BadPlan, match="a token table"):
+        plan(dataclasses.replace(edit, target=0)).edited(MODEL)
 
 
 def test_edits_of_one_layer_follow_each_other() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from layerwise.data import TextData, text_blocks
 from layerwise.data.split import divide
-from layerwise.data.text import Tokenizer, encoder, frame
+from layerwise.data.text import Tokenizer, by_frequency, encoder, frame, token_counts
 from layerwise.errors import BadData, BadOption
 
 TEXT = "\n\n".join(" ".join(f"word{paragraph}n{word}" for word in range(60)) for paragraph in range(60))
@@ -40,6 +40,21 @@ def test_length_blocks_and_seed_never_move_text_between_splits(
         data = TextData.from_text(TEXT, Bytes(), length=length, blocks=blocks, split=split, seed=seed)
         for row, index in zip(data.tokens_NT.tolist(), data.source.chosen, strict=True):
             assert bytes(row) == halves[split][index * length:(index + 1) * length]
+
+
+def test_tokens_by_frequency_in_all_the_text(byte_tokenizer: Tokenizer) -> None:
+    data = TextData.from_text(TEXT, byte_tokenizer, length=64, blocks=4)
+    counts_V = token_counts(data)
+    assert counts_V.sum() == len(TEXT) and counts_V[ord("w")] == TEXT.count("w")
+    order = by_frequency(data, 256).tolist()
+    assert sorted(order) == list(range(256)) and order[0] == max(range(256), key=list(TEXT.encode()).count)
+    known = len(set(TEXT))
+    assert set(map(chr, order[:known])) == set(TEXT) and order[known:] == sorted(order[known:])
+    assert order[:3] != by_frequency(data, 3).tolist() == [0, 1, 2], "tokens beyond the vocabulary are not there"
+    left = token_counts(data.skip(1).without(data.take(1)))
+    assert left.sum() == len(TEXT) - 64 and token_counts(data.take(2)).equal(counts_V)
+    prompts = TextData.from_prompts(["abc", "a"], byte_tokenizer)
+    assert token_counts(prompts)[[ord("a"), ord("b"), 0]].tolist() == [2, 1, 0]
 
 
 def test_seed_draws_and_more_blocks_contain_the_fewer(byte_tokenizer: Tokenizer) -> None:

@@ -15,7 +15,7 @@ from layerwise.export.gguf import GGUF
 from layerwise.export.source import Source
 from layerwise.nets.decoder import Decoder
 from layerwise.nets.factored import weights
-from layerwise.spec import Attention, FeedForward, Format, LayerSpec, Norm, Rope, StackSpec
+from layerwise.spec import Attention, FeedForward, Format, LayerSpec, Norm, Rope, StackSpec, Tiers
 from layerwise.stack.decoder import DecoderStack
 from layerwise.stack.open import open as open_stack
 from layerwise.testing.stacks import random_stack
@@ -128,6 +128,21 @@ def test_table_and_experts_and_fused_matrices_are_packed(tmp_path: Path) -> None
         assert kinds["blk.0.ffn_up_exps.weight" if family == "mixtral" else "blk.0.ffn_up.weight"] == "Q4_1"
         torch.testing.assert_close(logits(open_stack(tmp_path / "model.gguf", dtype="float32")), logits(stack),
                                    rtol=2e-2, atol=2e-2)
+
+
+def test_a_table_in_two_formats_becomes_one(tmp_path: Path) -> None:
+    stack, format = stack_of("llama"), Tiers(9, Format(8, 0, True), Format(3, 32))
+    table = pack_table(stack.decoder.embedding.weight, format,  # type: ignore[arg-type]
+                       order_V=torch.arange(stack.spec.vocabulary).flip(0))
+    stack = stack.rebuilt(dataclasses.replace(stack.spec, embedding_format=format), list(stack.decoder.layers),
+                          embedding=table)
+    with pytest.raises(BadOption, match=r"8 bits for 9 frequent tokens.*\n.*\n.*--allow-requantize"):
+        GGUF().write(Source(stack), tmp_path / "model.gguf")
+    for allowed, kind, near in ((Allowed(requantize=True), "Q8_0", 1e-2), (Allowed(dense=True), "F32", 1e-6)):
+        GGUF().write(Source(stack), tmp_path / "model.gguf", allowed)
+        found, values_VC = stored(tmp_path / "model.gguf")["token_embd.weight"]
+        assert found == kind
+        torch.testing.assert_close(values_VC, table.dense(), rtol=near, atol=near)
 
 
 def test_a_choice_without_a_type_is_named_with_what_to_allow(tmp_path: Path) -> None:

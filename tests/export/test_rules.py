@@ -86,6 +86,14 @@ def test_llamacpp_rules_refuse_factors_and_lost_halves(tmp_path: Path) -> None:
         write("llama.cpp-rules", source(Edit(2, "drop", {"part": "attention"})), tmp_path)
 
 
+def test_no_rule_says_that_rows_of_a_table_differ(tmp_path: Path) -> None:
+    table = source(Edit("embedding", "quantize", {"bits": 3, "frequent": "8/row=", "frequent_rows": 9}))
+    for kind, left in (("llama.cpp-rules", "--token-embedding-type f32"), ("torchao-rules", "IntxWeight")):
+        with pytest.raises(BadOption, match="8 bits for 9 frequent tokens, 3 bits for all others"):
+            write(kind, table, tmp_path)
+        assert (left in write(kind, table, tmp_path, Allowed(dense=True))) == (kind == "llama.cpp-rules")
+
+
 def test_torchao_rules_say_bits_groups_and_symmetry(tmp_path: Path) -> None:
     plan = source(Edit(0, "quantize", {"bits": 4, "matrices": ["q"]}), Edit(3, "quantize", {"bits": 8}))
     rules = json.loads(write("torchao-rules", plan, tmp_path))["_data"]["fqn_to_config"]

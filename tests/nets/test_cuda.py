@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -12,8 +13,9 @@ from layerwise.nets import cuda
 from layerwise.nets.cuda import CudaInt4, int4_runs, int8_runs, tiled, untiled
 from layerwise.nets.int4 import kernel_group
 from layerwise.nets.packed import PackedEmbedding, PackedLinear
-from layerwise.spec import Format
+from layerwise.spec import Format, Tiers
 from layerwise.testing.stacks import random_stack
+from layerwise.transform.quantize import pack_table
 from tests.nets.test_packed import FORMATS, parts, reference
 
 FITTING = [format for format in FORMATS if kernel_group(format, 256)]
@@ -145,3 +147,14 @@ def test_a_packed_model_predicts_the_same_on_a_gpu() -> None:
     here = slim(tokens).float()
     slim.decoder.cuda()
     torch.testing.assert_close(slim(tokens.cuda()).float().cpu(), here, rtol=0.05, atol=0.05)
+
+
+@NO_GPU
+@pytest.mark.gpu
+def test_a_table_in_two_formats_on_a_gpu() -> None:
+    table = pack_table(torch.randn(97, 64).bfloat16(), Tiers(10, Format(8, 0, True), Format(4, 32)),
+                       order_V=torch.randperm(97))
+    tokens, x = torch.tensor([[3, 96], [0, 3]]), torch.randn(2, 64).bfloat16()
+    there = copy.deepcopy(table).cuda()
+    assert torch.equal(there(tokens.cuda()).cpu(), table(tokens))
+    assert close(there.logits(x.cuda()), x, table.dense(torch.float64))

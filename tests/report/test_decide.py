@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from layerwise.allocate.apply import apply
 from layerwise.allocate.budget import Budget
-from layerwise.allocate.choices import make_choices
+from layerwise.allocate.choices import defaults, make_choices
 from layerwise.allocate.plan import Edit, Plan
-from layerwise.data.text import Source, TextData
+from layerwise.data.text import Source, TextData, by_frequency
 from layerwise.errors import BadBudget, BadData, BadFile, BadOption
 from layerwise.measure.engine import measure
 from layerwise.measure.scores import Scores
@@ -24,13 +25,14 @@ from layerwise.report.alternatives import (
     parse_alternatives,
     reading,
     table_formats,
+    tier_formats,
     trying,
     useful_formats,
 )
 from layerwise.report.decide import Decide, asked
 from layerwise.report.refine import Round, corrected, refine
 from layerwise.report.tried import Tried, chosen, load_tried, save_tried, try_plans
-from layerwise.spec import Format, LayerSpec, StackSpec
+from layerwise.spec import Format, LayerSpec, StackSpec, Tiers
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
 
@@ -96,6 +98,18 @@ def test_groups_are_full_where_the_model_allows_it(before_spec: StackSpec) -> No
 
 def test_tables_are_tried_in_one_or_two_formats_a_width(before_spec: StackSpec) -> None:
     assert table_formats(formats(before_spec)) == ["8/row=", "6/192", "5/192", "4/32", "4/192", "3/192"]
+
+
+def test_frequent_tokens_get_the_widest_format_and_others_each_narrower_one(before_spec: StackSpec) -> None:
+    rows = before_spec.vocabulary // 16
+    assert tier_formats(formats(before_spec), before_spec.vocabulary) == [
+        *(f"8/row=@{rows}+{label}" for label in ("6/192", "5/192", "4/192", "3/192")), f"8/row=@{rows // 4}+3/192"]
+    assert tier_formats(["4/32", "4/192"], before_spec.vocabulary) == tier_formats([], 1000) == []
+    assert tier_formats(["8/row=", "3/64"], 40) == ["8/row=@2+3/64"]
+    assert [item.label for item in parse_alternatives(["tiers"], before_spec)][:2] == ["keep", f"8/row=@{rows}+6/192"]
+    assert not any("@" in item.label for item in parse_alternatives(["bits"], before_spec))
+    assert any("@" in label for label in labels(Budget(bytes="55%"), before_spec))
+    assert not any("@" in label for label in labels(Budget(cache="50%"), before_spec))
 
 
 @pytest.mark.parametrize("budget", [Budget(bytes="5%"), Budget(parameters="1%"), Budget(bits=0.5)])
@@ -180,6 +194,27 @@ def test_every_plan_meets_the_budget_and_is_measured(stack: DecoderStack, decide
     assert {point.name for point in tried} >= {"milp", "uniform", "random", "shuffled", "reversed"}
     for point in tried:
         assert point.bytes == point.plan.edited(stack.spec).bytes() <= 0.45 * stack.spec.bytes() and point.kl > 0
+
+
+def test_a_table_keeps_frequent_tokens_wide_where_that_is_best(tmp_path: Path) -> None:
+    """Text of eight tokens only: that all others have few bits costs next to nothing."""
+    stack = random_stack(2, dtype="bfloat16", vocabulary=2048)
+    few_NT = torch.randint(8, (4, 48), generator=torch.Generator().manual_seed(1)) * 60
+    data = TextData(few_NT, "few", Source("few", "calibration", "", 192, tuple(range(4))))
+    decide = Decide(Budget(bytes="36%"), parse_alternatives(["8", "4/32", "tiers"], stack.spec))
+    decide.check(stack.spec)
+    tried = measure(stack, data, trying(decide.alternatives, by_frequency(data, 2048)), progress=False)
+    scores = tried.merge(measure(stack, data, reading(decide.alternatives), progress=False))
+    plain, tiers = (scores[f"response:{label}"].outside["embedding"] for label in ("4/32", "8/row=@128+4/32"))
+    assert tiers < 0.5 * plain
+    best = next(point.plan for point in try_plans(stack, scores, decide, data, data) if point.kind == "plan")
+    slim = apply(stack, best, data)
+    assert isinstance(slim.spec.embedding_format, Tiers) and slim.spec.bytes() <= 0.36 * stack.spec.bytes()
+    assert "8/row=@128+4/32" in [item.label for item in defaults(scores)]
+    with pytest.raises(BadData, match="statistics"):
+        apply(stack, Plan(stack.spec.fingerprint(), 2, tuple(best.of("embedding"))))
+    again = apply(stack, Plan.load(best.save(tmp_path / "plan.json")), data)
+    assert torch.equal(slim(few_NT), again(few_NT))
 
 
 def test_a_solver_that_is_asked_for_is_taken(stack: DecoderStack, decide: Decide, scores: Scores) -> None:

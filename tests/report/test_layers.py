@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from layerwise.report.layers import layer_changes, runs
-from layerwise.spec import Attention, Opaque, StackSpec
+from layerwise.spec import Attention, Format, Opaque, StackSpec, Tiers
 
 KEPT = [0, 1, 2, 3, 4, 6, 7]
 
@@ -36,6 +36,13 @@ def test_bytes_add_up_to_the_tables(before_spec: StackSpec, after_spec: StackSpe
     norm = before_spec.hidden * 2
     assert sum(change.bytes_before for change in changes) + norm == before_spec.bytes()
     assert sum(change.bytes_after for change in changes) + norm == after_spec.bytes()
+
+
+def test_a_table_whose_rows_differ(before_spec: StackSpec) -> None:
+    tiers = Tiers(1000, Format(8, 0, True), Format(3, 32))
+    change = layer_changes(before_spec, replace(before_spec, embedding_format=tiers))[-1]
+    assert change.got == "8 bits for 1,000 frequent tokens, 3 bits for all others"
+    assert change.bits["table"] == pytest.approx(3 + 5 * 1000 / before_spec.vocabulary)
 
 
 def test_without_origins_the_last_rows_count_as_dropped(before_spec: StackSpec) -> None:

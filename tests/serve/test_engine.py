@@ -19,10 +19,11 @@ from layerwise.nets.wide import may_pair
 from layerwise.serve.engine import Engine, layered
 from layerwise.serve.request import Params, QueueFull, Request, TooLong
 from layerwise.serve.table import layer_table
-from layerwise.spec import Attention, FeedForward, LayerSpec, Precision
+from layerwise.spec import Attention, FeedForward, Format, LayerSpec, Precision, Tiers
 from layerwise.stack import ModuleStack
 from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
+from layerwise.transform.quantize import pack_table, values
 from tests.nets.tiny import tiny, write
 from tests.serve.plain import KINDS, drawn, greedy, prompts, serve
 
@@ -121,6 +122,14 @@ def test_requests_with_one_beginning_wait_for_the_first(stack: DecoderStack) -> 
     found = serve(engine, asked, Params(max_tokens=4))
     assert [completion.usage.cached for completion in found] == [0, *[64] * 5]
     assert [list(completion.tokens) for completion in found] == [greedy(stack, prompt, 4) for prompt in asked]
+
+
+def test_a_token_table_in_two_formats(stack: DecoderStack, mixed: list[list[int]]) -> None:
+    format, order_V = Tiers(20, Format(8, 0, True), Format(4, 32)), torch.arange(stack.spec.vocabulary).flip(0)
+    table = pack_table(values(stack.decoder.embedding), format, "search", order_V=order_V)
+    slim = stack.with_tables(dataclasses.replace(stack.spec, embedding_format=format), embedding=table)
+    found = serve(Engine(slim, cache_tokens=2048), mixed, Params(max_tokens=4))
+    assert [list(completion.tokens) for completion in found] == [greedy(slim, prompt, 4) for prompt in mixed]
 
 
 def test_cancelling_others_changes_nothing(stack: DecoderStack, mixed: list[list[int]]) -> None:

@@ -177,6 +177,12 @@ def test_refusals(stack: DecoderStack) -> None:
         Quantize(7)
     with pytest.raises(BadOption, match="method='fast'"):
         Quantize(4, method="fast")  # type: ignore[arg-type]
+    with pytest.raises(BadOption, match="both or none"):
+        Quantize(4, frequent="8/row=")
+    with pytest.raises(BadOption, match="a token table"):
+        Quantize(4, frequent="8/row=", frequent_rows=5).edit(stack.spec.rows[0], 64)
+    with pytest.raises(BadOption, match="-1 rows"):
+        Quantize(4, frequent="8/row=", frequent_rows=-1)
     with pytest.raises(BadOption, match=r"\['qkv'\]"):
         Quantize(4, matrices=("q", "qkv"))
     with pytest.raises(BadOption, match="conv1"):
