@@ -62,7 +62,7 @@ class TextData:
     name: str
     source: Source
     mask_NT: Tensor | None = None
-    counts_V: Tensor | None = field(default=None, repr=False, compare=False)
+    counts_V: Tensor | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.tokens_NT)
