@@ -15,7 +15,7 @@ import torch
 import layerwise as lw
 from benchmarks.common import machine
 from layerwise.data.text import by_frequency, text_blocks
-from layerwise.report.alternatives import formats, table_formats, tier_formats
+from layerwise.report.alternatives import FREQUENT, formats, table_formats, tier_formats
 from layerwise.report.optimize import calibration_text, parted
 from layerwise.report.verify import compare_on
 from layerwise.spec import parse_table_format
@@ -41,7 +41,7 @@ def main() -> None:
     print(f"{machine()}; {given.blocks} blocks of {LENGTH} tokens\n")
     print(f"| table | bits a number | {' | '.join(text.name for text in texts)} |\n|{'---|' * (2 + len(texts))}")
     plain, weight_VC = formats(stack.spec), values(stack.decoder.embedding)
-    for rows in (stack.spec.vocabulary // part for part in (64, 16)):
+    for rows in (stack.spec.vocabulary // part for part in sorted(FREQUENT, reverse=True)):
         shares = [float(torch.isin(text.tokens_NT, order_V[:rows]).float().mean()) for text in texts]
         print(f"| share of the {rows} most frequent | | {' | '.join(f'{share:.1%}' for share in shares)} |", flush=True)
     known = [*table_formats(plain), *tier_formats(plain, stack.spec.vocabulary)]

@@ -40,8 +40,8 @@ def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStac
     spec = plan.edited(stack.spec)
     layers, outside = _transforms(plan)
     _check_shared(layers, stack.spec.rows)
-    if data is None and (any("gram" in transform.needs for edits in layers.values() for transform in edits)
-                         or any(transform.frequent is not None for transform in outside.values())):
+    tiers = any(transform.frequent is not None for transform in outside.values())
+    if data is None and (tiers or any("gram" in transform.needs for edits in layers.values() for transform in edits)):
         raise BadData(
             "a plan that needs calibration statistics, without data",
             expected="calibration text",
@@ -53,7 +53,7 @@ def apply(stack: Stack, plan: Plan, data: TextData | None = None) -> DecoderStac
     gram_CC = table_gram(normed(stack, states), stack.spec.tied) if states else None
     del states
     trim()
-    order_V = None if data is None else by_frequency(data, stack.spec.vocabulary)
+    order_V = by_frequency(data, stack.spec.vocabulary) if tiers else None
     looked_up = gram_CC if stack.spec.tied else None
     slim = stack.rebuilt(
         spec,

@@ -70,7 +70,7 @@ def mixed(labels: Sequence[str], method: str = "gptq", tables: Sequence[str] | N
     found = []
     for label in labels:
         format = Format.parse(label)
-        settings = {"bits": format.bits, "group": format.group, "symmetric": format.symmetric, "method": method}
+        settings = _rounding(format, method)
         found.append(Alternative(label, "quantize", settings, f"output-error:{label}", 4.0**-format.bits,
                                  tables=tables is None or label in tables, each=True))
     return found
@@ -82,11 +82,15 @@ def tiered(labels: Sequence[str], method: str = "gptq") -> list[Alternative]:
     for label in labels:
         format = parse_table_format(label)
         assert isinstance(format, Tiers)
-        rare = format.rare
-        settings = {"bits": rare.bits, "group": rare.group, "symmetric": rare.symmetric, "method": method,
-                    "frequent": format.frequent.label, "frequent_rows": format.rows}
-        found.append(Alternative(label, "quantize", settings, f"output-error:{label}", 4.0**-rare.bits, tables=True))
+        settings = _rounding(format.rare, method) | {"frequent": format.frequent.label, "frequent_rows": format.rows}
+        found.append(Alternative(label, "quantize", settings, f"output-error:{label}", 4.0**-format.rare.bits,
+                                 tables=True))
     return found
+
+
+def _rounding(format: Format, method: str) -> dict[str, Any]:
+    """The arguments of the quantize transform for a format."""
+    return {"bits": format.bits, "group": format.group, "symmetric": format.symmetric, "method": method}
 
 
 def factored(shares: Sequence[float], labels: Sequence[str], method: str = "gptq") -> list[Alternative]:

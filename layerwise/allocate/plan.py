@@ -15,7 +15,7 @@ from layerwise.allocate.edits import edited_row, edited_table
 from layerwise.allocate.losses import Target
 from layerwise.errors import BadOption, BadPlan, UnknownName
 from layerwise.io import atomic
-from layerwise.spec import Format, LayerSpec, StackSpec
+from layerwise.spec import Format, LayerSpec, StackSpec, tiers_label
 
 FORMAT = "layerwise-plan-1"
 
@@ -38,7 +38,7 @@ class Edit:
         if self.transform == "quantize" and {"bits", "group", "symmetric"} <= set(self.arguments):
             label = Format(*(self.arguments[name] for name in ("bits", "group", "symmetric"))).label
             if self.arguments.get("frequent"):
-                label = f"{self.arguments['frequent']}@{self.arguments['frequent_rows']}+{label}"
+                label = tiers_label(self.arguments["frequent"], self.arguments["frequent_rows"], label)
             return f"{label} {' '.join(self.arguments.get('matrices') or ())}".rstrip()
         settings = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
         return f"{self.transform} {settings}".rstrip()

@@ -210,11 +210,12 @@ def _pack(
             do="ask for fewer or shorter blocks, or give more text",
         )
     chosen = _choose(available, blocks, seed)
-    tokens_NT = torch.tensor(ids[: available * body], dtype=torch.int64).view(available, body)[chosen]
+    all_ids = torch.tensor(ids, dtype=torch.int64)
+    tokens_NT = all_ids[: available * body].view(available, body)[chosen]
     sides = [torch.tensor(side, dtype=torch.int64).expand(len(chosen), -1) for side in (before, after)]
     tokens_NT = torch.cat([sides[0], tokens_NT, sides[1]], dim=1)
     source = Source(where, split, _hash("".join(parts)), len(ids), tuple(chosen.tolist()))
-    return TextData(tokens_NT, name, source, counts_V=torch.bincount(torch.tensor(ids)))
+    return TextData(tokens_NT, name, source, counts_V=torch.bincount(all_ids))
 
 
 def token_counts(text: Any) -> Tensor:

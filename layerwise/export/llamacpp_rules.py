@@ -74,16 +74,16 @@ def kind(format: Format | None, columns: int, dtype: str) -> str:
 
 
 def _tables(spec: StackSpec, allowed: Allowed) -> list[str]:
-    lines = []
-    for option, name, format in (("token-embedding", "embedding", spec.embedding_format),
-                                 ("output-tensor", "head", None if spec.tied else spec.head_format)):
+    tables, lines = [("token-embedding", "embedding", spec.embedding_format)], []
+    if not spec.tied:
+        tables.append(("output-tensor", "head", spec.head_format))
+    for option, name, format in tables:
         if isinstance(format, Tiers):
             if not allowed.dense:
                 raise refuse(f"the {name} in {format.words}", "llama-quantize", "one type for a table",
                              "allow --allow-dense to leave it unpacked")
             format = None
-        if name == "embedding" or not spec.tied:
-            lines.append(f"--{option}-type {kind(format, spec.hidden, spec.dtype)}")
+        lines.append(f"--{option}-type {kind(format, spec.hidden, spec.dtype)}")
     return lines
 
 

@@ -19,7 +19,6 @@ from layerwise.nets.feed_forward import FeedForward
 from layerwise.nets.flow import Flow
 from layerwise.nets.norms import RMSNorm
 from layerwise.nets.packed import PackedEmbedding, PackedLinear
-from layerwise.nets.tiered import TieredEmbedding
 
 FEW_TOKENS = 16
 """Up to this many tokens one kernel on one core is faster than the five of the plain norm."""
@@ -82,22 +81,6 @@ class LaidOutLinear(Direct):
             y_MO = tiled.product(x_MI.to(torch.bfloat16)).to(x.dtype)
         y_MO = y_MO if self.bias_O is None else (y_MO + self.bias_O).to(x.dtype)
         return y_MO.view(*x.shape[:-1], self.out_features)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """The same, for a table that serves as the output head."""
-        return self(x)  # type: ignore[no-any-return]
-
-
-class TieredHead(Direct):
-    """The head of a table in two formats, from heads laid out for each."""
-
-    def __init__(self, table: TieredEmbedding, frequent: nn.Module, rare: nn.Module) -> None:
-        super().__init__()
-        self.table, self.frequent, self.rare = table, frequent, rare
-        self.in_features, self.out_features = table.in_features, table.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.table.joined(self.frequent.logits, self.rare.logits, x)  # type: ignore[arg-type]
 
     def logits(self, x: Tensor) -> Tensor:
         """The same, for a table that serves as the output head."""

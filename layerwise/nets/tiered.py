@@ -7,7 +7,6 @@ Shapes: V vocabulary, C width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -18,15 +17,27 @@ from layerwise.nets.packed import PackedEmbedding
 from layerwise.spec import Tiers
 
 
-class TieredEmbedding(nn.Module):
-    """Two packed tables; `place` [V], int32, says in which row of the two, one after the other, a token's row is."""
+class TieredHead(nn.Module):
+    """Two heads; `place` [V], int32, says in which row of the two, one after the other, a token's row is."""
 
     place: Tensor
 
-    def __init__(self, frequent: PackedEmbedding, rare: PackedEmbedding, place_V: Tensor) -> None:
+    def __init__(self, frequent: nn.Module, rare: nn.Module, place_V: Tensor) -> None:
         super().__init__()
         self.frequent, self.rare = frequent, rare
         self.register_buffer("place", place_V.to(torch.int32))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x w', [..., V]."""
+        logits = [part.logits(x) for part in (self.frequent, self.rare)]  # type: ignore[operator]
+        return torch.cat(logits, -1).index_select(-1, self.place)
+
+
+class TieredEmbedding(TieredHead):
+    """Two packed tables as one; as an output head it reads the same storage."""
+
+    frequent: PackedEmbedding
+    rare: PackedEmbedding
 
     @classmethod
     def empty(cls, vocabulary: int, width: int, format: Tiers, dtype: torch.dtype = torch.bfloat16) -> Self:
@@ -47,16 +58,6 @@ class TieredEmbedding(nn.Module):
         """Of the embeddings."""
         return self.frequent.dtype
 
-    @property
-    def in_features(self) -> int:
-        """The width of a row."""
-        return self.frequent.in_features
-
-    @property
-    def out_features(self) -> int:
-        """How many tokens there are."""
-        return len(self.place)
-
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The table as numbers, [V, C]."""
         return torch.cat([self.frequent.dense(dtype), self.rare.dense(dtype)])[self.place]
@@ -64,19 +65,11 @@ class TieredEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings of `tokens` (any shape), [..., C] in `dtype`; only their rows are dequantised."""
         place_N, few = self.place[tokens.reshape(-1)], self.frequent.out_features
-        out_NC = torch.empty(len(place_N), self.in_features, dtype=self.dtype, device=place_N.device)
+        out_NC = torch.empty(len(place_N), self.frequent.in_features, dtype=self.dtype, device=place_N.device)
         often_N = place_N < few
         out_NC[often_N] = self.frequent(place_N[often_N])
         out_NC[~often_N] = self.rare(place_N[~often_N] - few)
-        return out_NC.view(*tokens.shape, self.in_features)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """The table as an output head: x w', [..., V]."""
-        return self.joined(self.frequent.logits, self.rare.logits, x)
-
-    def joined(self, frequent: Callable[[Tensor], Tensor], rare: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The logits that two heads make of x, in the order of the tokens."""
-        return torch.cat([frequent(x), rare(x)], -1).index_select(-1, self.place)
+        return out_NC.view(*tokens.shape, self.frequent.in_features)
 
 
 PackedTable = PackedEmbedding | TieredEmbedding

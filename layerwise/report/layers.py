@@ -154,5 +154,5 @@ def _table_words(packed: TableFormat | None) -> str:
 
 def _table_bits(packed: TableFormat | None, spec: StackSpec) -> float:
     if isinstance(packed, Tiers):
-        return packed.bits(spec.vocabulary)
+        return packed.mean_bits(spec.vocabulary)
     return float(packed.bits) if packed else 8.0 * DTYPE_BYTES[spec.dtype]

@@ -14,6 +14,7 @@ from layerwise.spec.formats import (
     TableFormat,
     Tiers,
     parse_table_format,
+    tiers_label,
 )
 from layerwise.spec.mixers import Attention, Mixer, Opaque, Rope, StateSpace
 from layerwise.spec.row import FeedForward, LayerSpec, Norm, describe
@@ -21,5 +22,6 @@ from layerwise.spec.stack import StackSpec
 
 __all__ = [
     "BITS", "DTYPE_BYTES", "SCALE_BITS", "Attention", "FeedForward", "Format", "LayerSpec", "Mixer", "Norm",
-    "Opaque", "Precision", "Rope", "StackSpec", "StateSpace", "TableFormat", "Tiers", "describe", "parse_table_format",
+    "Opaque", "Precision", "Rope", "StackSpec", "StateSpace", "TableFormat", "Tiers", "describe",
+    "parse_table_format", "tiers_label",
 ]

@@ -93,14 +93,14 @@ class Tiers:
     @property
     def label(self) -> str:
         """A short name: `8/row=@8192+3/64` is 8 bits for 8192 tokens and 3 for all others."""
-        return f"{self.frequent.label}@{self.rows}+{self.rare.label}"
+        return tiers_label(self.frequent.label, self.rows, self.rare.label)
 
     @property
     def words(self) -> str:
         """For a reader."""
         return f"{self.frequent.words} for {self.rows:,} frequent tokens, {self.rare.words} for all others"
 
-    def bits(self, rows: int) -> float:
+    def mean_bits(self, rows: int) -> float:
         """Bits of a number in a table of so many rows, scales left out."""
         share = self.rows / rows
         return share * self.frequent.bits + (1 - share) * self.rare.bits
@@ -120,6 +120,11 @@ class Tiers:
 
 TableFormat = Format | Tiers
 """How a packed token table is stored."""
+
+
+def tiers_label(frequent: str, rows: int, rare: str) -> str:
+    """That of tiers whose formats have these labels, which need not be right ones."""
+    return f"{frequent}@{rows}+{rare}"
 
 
 def parse_table_format(label: str) -> TableFormat:

@@ -11,11 +11,11 @@ from torch import nn
 
 from layerwise.io.pages import let_go
 from layerwise.nets.decoder import Block
-from layerwise.nets.direct import LaidOutLinear, PrepackedLinear, TieredHead
+from layerwise.nets.direct import LaidOutLinear, PrepackedLinear
 from layerwise.nets.native import NativeMatrix
 from layerwise.nets.packed import PackedEmbedding
 from layerwise.nets.prepared import prepare, prepare_norm
-from layerwise.nets.tiered import TieredEmbedding
+from layerwise.nets.tiered import TieredEmbedding, TieredHead
 from layerwise.nets.wide import HalfLinear, Narrow, WideEmbedding, may_widen, widens
 from layerwise.stack.decoder import DecoderStack
 
@@ -61,7 +61,8 @@ def _head(stack: DecoderStack, wide: torch.dtype | None) -> nn.Module | None:
 
 def _laid_out_table(table: nn.Module, wide: torch.dtype | None) -> nn.Module | None:
     if isinstance(table, TieredEmbedding):
-        return TieredHead(table, *(_laid_out_table(part, wide) or part for part in (table.frequent, table.rare)))
+        frequent, rare = (_laid_out_table(part, wide) or part for part in (table.frequent, table.rare))
+        return TieredHead(frequent, rare, table.place)
     if isinstance(table, nn.Embedding):
         if HalfLinear.fits(table.weight, wide):
             return HalfLinear(table.weight)
