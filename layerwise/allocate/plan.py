@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from layerwise.allocate.budget import show
 from layerwise.allocate.edits import edited_row, edited_table
 from layerwise.allocate.losses import Target
-from layerwise.errors import BadOption, BadPlan, UnknownName
+from layerwise.errors import BadOption, BadPlan, LayerwiseError, UnknownName
 from layerwise.io import atomic
 from layerwise.spec import Format, LayerSpec, StackSpec, tiers_label
 
@@ -36,10 +37,11 @@ class Edit:
 
     def __str__(self) -> str:
         if self.transform == "quantize" and {"bits", "group", "symmetric"} <= set(self.arguments):
-            label = Format(*(self.arguments[name] for name in ("bits", "group", "symmetric"))).label
-            if self.arguments.get("frequent"):
-                label = tiers_label(self.arguments["frequent"], self.arguments["frequent_rows"], label)
-            return f"{label} {' '.join(self.arguments.get('matrices') or ())}".rstrip()
+            with suppress(BadOption, TypeError):  # an edit by hand is shown as it stands, whatever it says
+                label = Format(*(self.arguments[name] for name in ("bits", "group", "symmetric"))).label
+                if self.arguments.get("frequent"):
+                    label = tiers_label(self.arguments["frequent"], self.arguments["frequent_rows"], label)
+                return f"{label} {' '.join(self.arguments.get('matrices') or ())}".rstrip()
         settings = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
         return f"{self.transform} {settings}".rstrip()
 
@@ -90,7 +92,7 @@ class Plan:
                 else:
                     rows[edit.target] = _edited(rows, edit, spec.hidden)
             except (BadOption, UnknownName, TypeError) as error:
-                raise _bad_edit(place, edit, str(error)) from error
+                raise _bad_edit(place, edit, error) from error
         try:
             return spec.with_rows(rows)
         except BadOption as error:
@@ -216,16 +218,19 @@ def _check(place: int, edit: Edit, layers: int) -> None:
     else:
         known = isinstance(edit.target, int) and 0 <= edit.target < layers
     if not known:
-        raise _bad_edit(place, edit, f'its target must be 0 to {layers - 1}, "embedding" or "head"')
+        raise _bad_edit(place, edit, BadOption(f"no layer {edit.target}", do="correct its target",
+                                               expected=f'0 to {layers - 1}, "embedding" or "head"'))
     try:
         TRANSFORMS[edit.transform](**edit.arguments)
     except (BadOption, UnknownName, TypeError) as error:
-        raise _bad_edit(place, edit, str(error)) from error
+        raise _bad_edit(place, edit, error) from error
 
 
-def _bad_edit(place: int, edit: Edit, reason: str) -> BadPlan:
-    return BadPlan(f"edit {place} of the plan, {edit} for {_name(edit.target)}: {reason}",
-                   expected="an edit this model can have", do="change or remove this edit")
+def _bad_edit(place: int, edit: Edit, error: Exception) -> BadPlan:
+    given, expected, do = ((error.given, error.expected, error.do) if isinstance(error, LayerwiseError)
+                           else (str(error), "an edit this model can have", "change it"))
+    return BadPlan(f"edit {place} of the plan, {edit} for {_name(edit.target)}: {given}",
+                   expected=expected, do=f"{do}, or remove this edit")
 
 
 def _what(edits: list[Edit]) -> str:

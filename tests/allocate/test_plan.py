@@ -60,6 +60,14 @@ def test_an_edit_of_a_layer_that_is_gone() -> None:
         plan(Edit(2, "drop", {"part": "layer"}), Edit(2, "quantize", {"bits": 8})).edited(MODEL)
 
 
+def test_an_edit_by_hand_that_names_no_format_is_shown_and_named() -> None:
+    wrong = Edit(1, "quantize", {"bits": 7, "group": 32, "symmetric": False})
+    assert "bits=7, group=32" in str(plan(wrong))
+    with pytest.raises(BadPlan, match=r"edit 0 .* layer 1: bits=7") as error:
+        plan(wrong).edited(MODEL)
+    assert error.value.expected.startswith("one of (2, 3") and error.value.do.endswith("remove this edit")
+
+
 def test_a_tied_head_has_no_format_of_its_own() -> None:
     model = spec(4)
     tied = dataclasses.replace(plan(Edit("head", "quantize", {"bits": 8})), table=model.fingerprint())
