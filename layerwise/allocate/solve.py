@@ -20,6 +20,10 @@ from layerwise.allocate.solvers.base import Solver
 from layerwise.allocate.stopwatch import clock_for
 from layerwise.measure.scores import Scores
 
+UNSEEN = 0.1
+"""Of what rounding in the model's own precision does, the share that all choices together may lose unpaid: a total as
+large as rounding would double the divergence of a plan that has bytes to spare."""
+
 
 def allocate(
     scores: Scores,
@@ -45,9 +49,9 @@ def allocate(
     groups, losses = make_choices(scores, alternatives, by, clock, tuple(limits))
     groups = [_useful(group, tuple(limits)) for group in groups]
     if solver.reads_losses:
-        shares = len(groups) if any(name.startswith("output-error:") for name in losses.columns) else 1
+        share = UNSEEN / len(groups) if any(name.startswith("output-error:") for name in losses.columns) else 1.0
         as_keys = _alike_in_keys(groups)
-        groups = [_worth_paying(group, losses.floor(group[0].target) / shares, tuple(limits), as_keys)
+        groups = [_worth_paying(group, share * losses.floor(group[0].target), tuple(limits), as_keys)
                   for group in groups]
     picked = solver.solve(groups, limits, seed)
     return _plan(scores, budget, limits, solver, seed, losses, picked)
@@ -75,8 +79,7 @@ def _worth_paying(group: list[Choice], floor: float, currencies: tuple[str, ...]
     """Without choices that cost more, in every limited currency, than one whose loss is lost in rounding.
 
     So a plan does not spend what is left of its budget on differences that nobody can measure. Losses predicted from
-    output errors can be told apart far below the floor: there `floor` is a group's share of it, so that all groups
-    together lose no more than rounding does.
+    output errors can be told apart far below the floor: there `floor` is a group's part of a tenth of it.
     """
     free = [choice for choice in group if choice.edits and choice.loss <= floor]
     return [choice for choice in group

@@ -283,4 +283,4 @@ def _spare(plan: Plan) -> list[str]:
     spent = max(plan.predicted[currency] / limit for currency, limit in plan.limits.items())
     if spent > SPENT or not SOLVERS[plan.solver].reads_losses:
         return []
-    return [f"{spent:.0%} of the budget is used: what more would buy differs by no more than rounding does"]
+    return [f"{spent:.0%} of the budget is used: more would buy nothing that can be measured"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,17 @@ def test_a_mixture_predicts_what_its_matrices_lose(measured: Scores) -> None:
     assert uniform.loss == pytest.approx(expected)
     for choice in groups[0]:
         assert choice.row is None or choice.cost["bytes"] == choice.row.bytes(measured.spec.hidden, measured.spec.dtype)
+
+
+@pytest.mark.parametrize("floor", [1e-9, 1e-6, 1e-3, 1.0])
+def test_what_is_left_unspent_would_save_a_tenth_of_rounding_at_the_most(measured: Scores, floor: float) -> None:
+    column = replace(measured["response:q"], name="response:floor", values=(floor,) * len(measured.spec.rows),
+                     outside={"embedding": floor, "head": floor})
+    spent, spare = (allocate(scores, Budget(bytes=0.7)).predicted
+                    for scores in (measured, measured.merge(Scores(measured.spec, {column.name: column}))))
+    assert spare["loss"] <= 1.001 * spent["loss"] + 0.1 * floor
+    if floor == 1.0:
+        assert spare["bytes"] < 0.9 * spent["bytes"]
 
 
 def test_every_edit_of_a_mixed_plan_can_be_carried_out(measured: Scores) -> None:
