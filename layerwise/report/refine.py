@@ -2,7 +2,8 @@
 
 Losses that were measured one at a time leave out how edits act on one another. After each round the responses
 are scaled, layer by layer, so that the prediction is right at the plan just measured (see `marginal.py`), and
-the next plan is made with them. It ends when the prediction was within TOLERANCE of the measurement, when the
+the next plan is made with them. It ends when the prediction of a corrected plan was within TOLERANCE of the measurement
+(that of a first one may be right in sum and wrong in its parts), when only as much is lost as rounding does, when the
 plan did not change, when a round came out no better than the best, or after `rounds` rounds.
 """
 
@@ -46,6 +47,11 @@ class Round:
     floor: float = 0.0
 
     @property
+    def settled(self) -> bool:
+        """Whether what edits lose, beside what rounding does, is no more than that."""
+        return self.measured <= 2 * self.floor
+
+    @property
     def agrees(self) -> bool:
         return abs(self.predicted + self.floor - self.measured) <= max(TOLERANCE * self.measured, self.floor)
 
@@ -68,7 +74,7 @@ def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan]
         measured = divergence(stack, slim, trial, seed=seed)
         found.append(Round(plan, slim.spec.bytes(), plan.predicted["loss"], measured, floor))
         tell(f"round {number}: predicted {found[-1].predicted + floor:.4f}, measured {measured:.4f} nats/token")
-        last = number == rounds or found[-1].agrees
+        last = number == rounds or found[-1].settled or (number > 1 and found[-1].agrees)
         if last or measured > min(earlier.measured for earlier in found):
             break
         scores = corrected(scores, plan, undone(stack, slim, plan, trial, measured, seed, progress), floor)

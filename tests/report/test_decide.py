@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from layerwise.allocate.plan import Edit, Plan
 from layerwise.data.text import Source, TextData, by_frequency
 from layerwise.errors import BadBudget, BadData, BadFile, BadOption
 from layerwise.measure.engine import measure
+from layerwise.measure.marginal import divergence
 from layerwise.measure.scores import Scores
 from layerwise.report.alternatives import (
     calibrated,
@@ -262,6 +263,27 @@ def test_refining_ends_and_never_repeats_a_plan(stack: DecoderStack, decide: Dec
     assert 1 <= len(rounds) <= 3
     assert len({str(one.plan.edits) for one in rounds}) == len(rounds)
     assert Round(rounds[0].plan, 1, 1.0, 1.05).agrees and not Round(rounds[0].plan, 1, 1.0, 1.5).agrees
+
+
+def test_a_first_prediction_that_is_right_in_sum_is_corrected_all_the_same(
+    stack: DecoderStack, decide: Decide, scores: Scores
+) -> None:
+    """Unless nothing is lost beside what rounding does."""
+    seen: list[Scores] = []
+
+    def planned(found: Scores) -> Plan:
+        seen.append(found)
+        plan = decide(found, "milp")
+        first = apply(stack, plan, text(6, 2))
+        right = divergence(stack, first, text()) - found["response:floor"].values[0]
+        return replace(plan, predicted=plan.predicted | {"loss": right})
+
+    refine(stack, scores, planned, text(6, 2), text())
+    assert len(seen) > 1 and seen[1] is not scores
+    floor = dict.fromkeys(("embedding", "head"), 9.0)
+    high = replace(scores["response:floor"], values=(9.0,) * 4, outside=floor)
+    rough = replace(scores, columns=scores.columns | {high.name: high})
+    assert len(refine(stack, rough, planned, text(6, 2), text())) == 1
 
 
 def test_measured_plans_survive_a_file(tmp_path: Path) -> None:
