@@ -20,7 +20,7 @@ from layerwise.allocate.solvers.base import Solver
 from layerwise.allocate.stopwatch import clock_for
 from layerwise.measure.scores import Scores
 
-UNSEEN = 0.1
+NEGLIGIBLE = 0.1
 """Of what rounding in the model's own precision does, the share that all choices together may lose unpaid: a total as
 large as rounding would double the divergence of a plan that has bytes to spare."""
 
@@ -49,7 +49,7 @@ def allocate(
     groups, losses = make_choices(scores, alternatives, by, clock, tuple(limits))
     groups = [_useful(group, tuple(limits)) for group in groups]
     if solver.reads_losses:
-        share = UNSEEN / len(groups) if any(name.startswith("output-error:") for name in losses.columns) else 1.0
+        share = NEGLIGIBLE / len(groups) if any(name.startswith("output-error:") for name in losses.columns) else 1.0
         as_keys = _alike_in_keys(groups)
         groups = [_worth_paying(group, share * losses.floor(group[0].target), tuple(limits), as_keys)
                   for group in groups]
