@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerwise.data.batch import common_prefix, pad, slices
+from layerwise.data.batch import common_prefix, pad
 from layerwise.data.bootstrap import Interval, interval, paired_interval
 from layerwise.data.metrics import token_losses
 from layerwise.data.text import Tokenizer, encoder, frame
@@ -22,6 +22,9 @@ from layerwise.errors import BadData
 
 Pair = tuple[list[int], list[int]]
 Score = Callable[[list[Pair]], Sequence[float]]
+
+TOKENS = 2**11
+"""Tokens of a batch, filling included."""
 
 
 @dataclass(frozen=True)
@@ -142,26 +145,28 @@ def encode(item: ChoiceItem, tokenizer: Tokenizer) -> list[Pair]:
     return [(both[:shared], both[shared:]) for both in whole]
 
 
-def scorer(logits: Callable[[Tensor], Tensor], size: int = 16) -> Score:
+def scorer(logits: Callable[[Tensor], Tensor], tokens: int = TOKENS) -> Score:
     """A score function from `logits`, tokens [B, T] to logits [B, T, V], of a causal model."""
-    return loss_scorer(lambda tokens_BT: token_losses(logits(tokens_BT), tokens_BT), size)
+    return loss_scorer(lambda tokens_BT: token_losses(logits(tokens_BT), tokens_BT), tokens)
 
 
-def loss_scorer(losses: Callable[[Tensor], Tensor], size: int = 16) -> Score:
+def loss_scorer(losses: Callable[[Tensor], Tensor], tokens: int = TOKENS) -> Score:
     """A score function from `losses`, tokens [B, T] to token losses [B, T-1], of a causal model.
 
-    Pairs run sorted by length, `size` at a time, filled up on the right.
+    Pairs run sorted by length, filled up on the right: as many at a time as make about so many tokens.
     """
 
     def score(pairs: list[Pair]) -> list[float]:
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
         order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
         found = [0.0] * len(pairs)
-        for part in slices(len(order), size):
-            tokens_BT = pad([pairs[index][0] + pairs[index][1] for index in order[part]]).tokens_BT
+        while order:
+            rows = max(1, tokens // lengths[order[0]])
+            part, order = order[:rows], order[rows:]
+            tokens_BT = pad([pairs[index][0] + pairs[index][1] for index in part]).tokens_BT
             with torch.inference_mode():
                 losses_BT = losses(tokens_BT).double().cpu()
-            for row, index in enumerate(order[part]):
+            for row, index in enumerate(part):
                 first = len(pairs[index][0]) - 1
                 found[index] = -float(losses_BT[row, first : lengths[index] - 1].sum())
         return found

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.errors import BadFile
+from layerwise.io.pages import trim
 from layerwise.places import cache_folder
 
 
@@ -71,6 +72,7 @@ def _prepare(name: str, model: Demo, folder: Path) -> None:
         file = fetch(model, Path(parts), f"{name}.gguf")
         _say(f"{name}: converting to a Hugging Face folder in {folder} (once, about a minute)")
         convert(file, folder, model)
+    trim()
 
 
 def fetch(model: Demo, parts: Path, name: str) -> Path:

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.data.metrics import CHUNK
 from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.measure.base import StateGradient, WeightGradient
-from layerwise.measure.ending import CHUNK
 from layerwise.measure.inputs import Input, Inputs
 from layerwise.measure.module_walk import check_classes
 from layerwise.measure.progress import Progress

@@ -5,7 +5,7 @@ Shapes: P positions, C hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,42 +13,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.data.metrics import logit_parts
 from layerwise.measure.seen import inner
-
-CHUNK = 2**22
-"""Logits made at once, each of which takes 16 bytes or more while two models are compared."""
-
-KEPT = 2**23
-"""Logits of the original that are kept, so that they are made once for all changes."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Last hidden states [P, C], the tokens that follow [P], and the head, from [P, C] to logits [P, V]."""
+    """Last hidden states [P, C], the tokens that follow [P], and the head, from [P, C] to logits [P, V].
+
+    One that `stays`, to be compared with many, keeps its logits where they take no more room than the head itself.
+    """
 
     hidden_PC: Tensor
     targets_P: Tensor
     head: Callable[[Tensor], Tensor]
     vocabulary: int
+    stays: bool = False
 
-    def log_p(self) -> Iterable[Tensor]:
-        """Log-probabilities in float32, [some of P, V] at a time; kept where they are few."""
-        return self._few if len(self.hidden_PC) * self.vocabulary <= KEPT else self._chunks()
+    def log_p(self) -> Iterator[Tensor]:
+        """Log-probabilities in float32, [some of P, V] at a time."""
+        keeps = self.stays and len(self.hidden_PC) <= self.hidden_PC.shape[1]
+        for logits_PV in self._kept if keeps else self._logits():
+            yield torch.log_softmax(logits_PV.float(), -1)
 
     @cached_property
-    def _few(self) -> list[Tensor]:
-        return list(self._chunks())
+    def _kept(self) -> list[Tensor]:
+        return list(self._logits())
 
-    def _chunks(self) -> Iterator[Tensor]:
-        for rows_PC in self.hidden_PC.split(max(1, CHUNK // self.vocabulary)):
-            yield torch.log_softmax(self.head(rows_PC).float(), -1)
+    def _logits(self) -> Iterator[Tensor]:
+        return (logits_PV for _, logits_PV in logit_parts(self.hidden_PC, self.head, self.vocabulary))
 
     @cached_property
     def loss(self) -> float:
         """Mean loss of the tokens that follow, in nats."""
-        targets = self.targets_P.split(max(1, CHUNK // self.vocabulary))
-        losses = [F.nll_loss(log_p_PV, target_P, reduction="none").double()
-                  for log_p_PV, target_P in zip(self.log_p(), targets, strict=True)]
+        losses, start = [], 0
+        for log_p_PV in self.log_p():
+            target_P = self.targets_P[start : start + len(log_p_PV)]
+            losses.append(F.nll_loss(log_p_PV, target_P, reduction="none").double())
+            start += len(log_p_PV)
         return float(torch.cat(losses).mean())
 
 

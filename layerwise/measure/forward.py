@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.data.metrics import CHUNK
 from layerwise.errors import BadModel
 from layerwise.measure.base import Forward
-from layerwise.measure.ending import CHUNK
 from layerwise.measure.inputs import Input, Inputs
 from layerwise.measure.memory import enough_memory
 from layerwise.measure.progress import Progress

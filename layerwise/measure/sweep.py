@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,8 @@ class Walk:
         self.targets = [torch.cat([next_N[place_P] for next_N, place_P in zip(targets, places, strict=True)])
                         for places in self.samples]
         finals = self._finals(stack, self.states)
-        self.originals = [self._ending(index, stack, finals) for index in range(len(counts))]
+        originals = {count: replace(self._ending(counts.index(count), stack, finals), stays=True) for count in counts}
+        self.originals = [originals[count] for count in counts]
         if any(not math.isfinite(original.loss) for original in self.originals):
             raise BadModel(f"the loss of {stack.name} is not finite", expected="a model that predicts",
                            do="check its weights, or compute in float32: open(..., dtype='float32')")

@@ -25,9 +25,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from layerwise.data.metrics import CHUNK
 from layerwise.errors import BadData, BadModel, BadOption
 from layerwise.measure.base import Walk
-from layerwise.measure.ending import CHUNK
 from layerwise.measure.inputs import Input, Inputs
 from layerwise.measure.learned_lens import learned
 from layerwise.measure.linear_map import ridged, with_one

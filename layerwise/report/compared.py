@@ -25,6 +25,7 @@ from layerwise.data.sequential import Stop, unseen
 from layerwise.data.tasks import Accuracy, MultipleChoice, accuracy, loss_scorer
 from layerwise.data.text import TextData, Tokenizer
 from layerwise.errors import BadData, BadOption
+from layerwise.io.pages import trim
 from layerwise.measure.progress import Progress
 from layerwise.stack.base import Stack
 from layerwise.stack.decoder import DecoderStack
@@ -58,6 +59,7 @@ def compare_on(before: Stack, after: Stack, data: TextData, *, stop: Stop | None
     Raises BadData if a loss is not finite.
     """
     sums: list[list[float]] = []
+    trim()
     with Progress(f"predictions before and after, {data.name}", len(data), progress) as bar:
         for batch in data.batches(1):
             sums.append(_block(ended(before, batch.tokens_BT), ended(after, batch.tokens_BT), batch))
@@ -88,6 +90,7 @@ def answers(before: Stack, after: Stack, task: MultipleChoice, tokenizer: Tokeni
     found: list[tuple[Accuracy, Accuracy]] = []
     with Progress(f"questions, {task.name}", len(task), progress) as bar:
         for start in range(0, len(task), AT_ONCE):
+            trim()  # questions are of many lengths, and what is kept of each adds up
             part = replace(task, items=task.items[start : start + AT_ONCE])
             a, b = (accuracy(score, part, tokenizer) for score in scores)
             found.append((a, b))

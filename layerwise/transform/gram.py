@@ -13,7 +13,7 @@ from torch import Tensor
 from layerwise.nets.decoder import Block
 from layerwise.stack.base import State
 from layerwise.stack.decoder import DecoderStack
-from layerwise.transform.moments import watching
+from layerwise.transform.moments import mirrored, watching, with_outer
 
 SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
 
@@ -36,14 +36,14 @@ def grams(block: Block, layer: int, states: Iterable[State]) -> dict[str, Tensor
     def add(name: str, x_NI: Tensor) -> None:
         if real_N is not None:
             x_NI = x_NI[real_N]
-        gram_II = x_NI.float().T @ x_NI.float()
-        sums[name] = sums[name] + gram_II if name in sums else gram_II
+        sums[name] = with_outer(sums.get(name), x_NI.float())
 
     with watching(watched, add):
         for state in states:
             valid_BS = getattr(state.shared, "valid_BS", None)
             real_N = None if valid_BS is None else valid_BS[:, -state.hidden.shape[1] :].flatten()
             block(state.hidden, state.shared, layer)
+    sums = {name: mirrored(sum_II) for name, sum_II in sums.items()}
     return {name: sums[name if name in watched else SAME_INPUT[name]] for name in matrices}
 
 

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadData, BadModel, BadOption
 
+PANEL = 192
+"""Columns of a sum of outer products made at once by a CPU: of those on its diagonal half is made in vain."""
+
 
 @dataclass
 class Moments:
@@ -38,7 +41,7 @@ class Moments:
         x_NI = x_NI.detach().to(torch.promote_types(x_NI.dtype, torch.float32))
         self.count += len(x_NI)
         self.sum_I += x_NI.sum(0, dtype=torch.float64).cpu()
-        self.outer_II += (x_NI.T @ x_NI).double().cpu()
+        self.outer_II += mirrored(with_outer(None, x_NI)).double().cpu()
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.count + other.count, self.sum_I + other.sum_I, self.outer_II + other.outer_II)
@@ -59,6 +62,24 @@ class Moments:
     def covariance_II(self) -> Tensor:
         """Mean of (x - mean)(x - mean)^T."""
         return self.second_II - torch.outer(self.mean_I, self.mean_I)
+
+
+def with_outer(sum_II: Tensor | None, x_NI: Tensor) -> Tensor:
+    """The sum of outer products, x' x added on and above its diagonal: little more than half of the work of the whole.
+
+    None is a sum of nothing; one that is given is changed. See `mirrored`.
+    """
+    inputs = x_NI.shape[1]
+    sum_II = x_NI.new_zeros(inputs, inputs) if sum_II is None else sum_II
+    panel = PANEL if x_NI.device.type == "cpu" else inputs
+    for start in range(0, inputs, panel):
+        sum_II[start : start + panel, start:].addmm_(x_NI[:, start : start + panel].T, x_NI[:, start:])
+    return sum_II
+
+
+def mirrored(sum_II: Tensor) -> Tensor:
+    """The symmetric matrix of which `sum_II` holds what is on and above the diagonal."""
+    return sum_II.triu() + sum_II.triu(1).T
 
 
 @contextmanager

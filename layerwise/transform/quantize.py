@@ -19,6 +19,7 @@ from layerwise.nets.tiered import PackedTable, TieredEmbedding
 from layerwise.spec import Format, LayerSpec, Opaque, TableFormat, Tiers
 from layerwise.transform.base import Stats, Transform
 from layerwise.transform.gptq import gptq
+from layerwise.transform.moments import mirrored, with_outer
 from layerwise.transform.rounding import Rounded, check_finite, round_to_nearest
 
 Method = Literal["nearest", "search", "gptq", "descent"]
@@ -186,7 +187,11 @@ def table_gram(normed_NC: Iterable[Tensor], tied: bool) -> Tensor:
 
     A tied table is looked up as well, where every entry matters alike: LOOKED_UP of the mean diagonal is added.
     """
-    gram_CC = torch.stack([x_NC.float().T @ x_NC.float() for x_NC in normed_NC]).sum(0)
+    upper_CC: Tensor | None = None
+    for x_NC in normed_NC:
+        upper_CC = with_outer(upper_CC, x_NC.float())
+    assert upper_CC is not None
+    gram_CC = mirrored(upper_CC)
     if tied:
         gram_CC.diagonal().add_(LOOKED_UP * gram_CC.diagonal().mean())
     return gram_CC
