@@ -23,7 +23,7 @@ from layerwise.errors import BadData
 Pair = tuple[list[int], list[int]]
 Score = Callable[[list[Pair]], Sequence[float]]
 
-TOKENS = 2**11
+TOKENS = 2**10
 """Tokens of a batch, filling included."""
 
 

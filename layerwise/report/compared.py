@@ -90,7 +90,6 @@ def answers(before: Stack, after: Stack, task: MultipleChoice, tokenizer: Tokeni
     found: list[tuple[Accuracy, Accuracy]] = []
     with Progress(f"questions, {task.name}", len(task), progress) as bar:
         for start in range(0, len(task), AT_ONCE):
-            trim()  # questions are of many lengths, and what is kept of each adds up
             part = replace(task, items=task.items[start : start + AT_ONCE])
             a, b = (accuracy(score, part, tokenizer) for score in scores)
             found.append((a, b))
@@ -148,7 +147,9 @@ def ended(stack: Stack, tokens_BT: Tensor) -> Ended:
 
 def _losses(stack: Stack, tokens_BT: Tensor) -> Tensor:
     found = ended(stack, tokens_BT)
-    return hidden_losses(found.hidden_BTC, tokens_BT, found.head, found.vocabulary)
+    losses_BT = hidden_losses(found.hidden_BTC, tokens_BT, found.head, found.vocabulary)
+    trim()  # every batch has another length, and what is kept of each adds up
+    return losses_BT
 
 
 def _columns(sums: list[list[float]]) -> Compared:
