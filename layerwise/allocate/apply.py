@@ -139,6 +139,7 @@ def _edited_blocks(
             blocks.append(edited)
         if layer < last and edited is not None:
             states = [state.moved(edited(state.hidden, state.shared, layer), layer + 1) for state in states]
+            trim()
     return blocks, states if to_the_end else []
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.io.pages import trim
 from layerwise.measure.ending import Ending, kl
 from layerwise.measure.inputs import Inputs
 from layerwise.measure.progress import Progress
@@ -51,7 +52,10 @@ def divergence(before: DecoderStack, after: DecoderStack, data: Any, *, tokens: 
                seed: int = 0) -> float:
     """KL(before || after) in nats per token, at `tokens` positions of every row of `data` (None: all)."""
     original, walk = _side_by_side(before, after, data, tokens, seed)
-    return kl(original, walk.originals[0])
+    found = kl(original, walk.originals[0])
+    del original, walk
+    trim()
+    return found
 
 
 @torch.inference_mode()
@@ -63,7 +67,7 @@ def marginals(before: DecoderStack, after: DecoderStack, kept: Sequence[int], da
     """
     read = frozenset(kept.index(source) for source in before.spec.sources if source in kept)
     original, walk = _side_by_side(before, after, data, tokens, seed, read)
-    now = kl(original, walk.originals[0])
+    now = kl(original, walk.originals.pop())  # which frees its logits
     saved: dict[int | str, float] = {}
     with Progress("undoing edits one by one", len(after), progress) as bar:
         for layer in range(len(after)):
@@ -72,6 +76,7 @@ def marginals(before: DecoderStack, after: DecoderStack, kept: Sequence[int], da
                 if undone is not None:
                     saved[source] = now - kl(original, walk.ending(0, undone, layer))
             walk.advance()
+            trim()
             bar.step()
     for table in TABLES:
         if getattr(after.spec, f"{table}_format") != getattr(before.spec, f"{table}_format"):
@@ -84,6 +89,7 @@ def _side_by_side(before: DecoderStack, after: DecoderStack, data: Any, tokens: 
                   read: frozenset[int] = frozenset()) -> tuple[Ending, Walk]:
     """The end of the original, and the walk of the other at its start; keys of the layers in `read` are kept."""
     original = Walk(before, Inputs(before, data), [tokens], seed).originals[0]
+    trim()
     return original, Walk(after, Inputs(after, data), [tokens], seed, read)
 
 
