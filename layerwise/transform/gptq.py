@@ -35,7 +35,7 @@ from layerwise.transform.rounding import (
 )
 
 BLOCK = 32
-ROWS = 1 << 12
+ROWS = 1 << 11
 """Outputs rounded at a time, so that what a token table needs meanwhile is no multiple of the table."""
 
 DAMPING = 0.25
