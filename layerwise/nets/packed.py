@@ -96,7 +96,7 @@ class PackedMatrix(nn.Module):
         x_MI = x.reshape(-1, self.in_features)
         y_MO = self._kernel(x_MI)
         if y_MO is None:
-            if x.dtype in DTYPES and not torch.is_grad_enabled():
+            if x.dtype in DTYPES and not torch.is_grad_enabled() and NativeMatrix.fits(self.format, self._padded):
                 self.lay_out()  # from which numbers are made many times as fast as from a stream of bits
             y_MO = linear(x_MI, self.dense(x.dtype))
         return y_MO.view(*x.shape[:-1], self.out_features)

@@ -41,7 +41,10 @@ def test_tokens_that_join_across_the_boundary_count_as_continuation() -> None:
 def test_scores_equal_one_row_at_a_time(byte_tokenizer: Tokenizer) -> None:
     table_VV = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).double()
 
+    seen: list[tuple[int, ...]] = []
+
     def logits(tokens_BT: Tensor) -> Tensor:
+        seen.append(tuple(tokens_BT.shape))
         return table_VV[tokens_BT].cumsum(1)  # every position depends on all before it
 
     pairs = [pair for item in ITEMS for pair in encode(item, byte_tokenizer)]
@@ -52,7 +55,10 @@ def test_scores_equal_one_row_at_a_time(byte_tokenizer: Tokenizer) -> None:
         places = range(len(context) - 1, ids.shape[1] - 1)
         expected.append(sum(float(log_TV[place, ids[0, place + 1]]) for place in places))
     for tokens in (1, 3 * len(pairs[0][0] + pairs[0][1]), 1000):
+        seen.clear()
         assert scorer(logits, tokens)(pairs) == pytest.approx(expected, rel=1e-5)
+        assert all(rows == 1 or rows * length <= tokens for rows, length in seen)
+    assert len(seen) == 1
 
 
 def test_accuracy_counts_each_item(byte_tokenizer: Tokenizer) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from layerwise.errors import BadData, BadOption
-from layerwise.transform.moments import Moments, moments, rows, watching
+from layerwise.transform.moments import PANEL, Moments, mirrored, moments, rows, watching, with_outer
 
 
 def of(*batches: torch.Tensor) -> Moments:
@@ -31,6 +33,13 @@ def test_batching_order_and_merging_do_not_matter() -> None:
     for other in (parts, merged):
         assert other.count == 40 and torch.allclose(whole.outer_II, other.outer_II, rtol=1e-12)
         assert torch.allclose(whole.sum_I, other.sum_I, rtol=1e-12)
+
+
+@given(st.sampled_from([1, 5, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 7]), st.integers(1, 9))
+def test_half_of_the_outer_products_give_all(width: int, tokens: int) -> None:
+    x, y = torch.randn(2, tokens, width, dtype=torch.float64)
+    found = mirrored(with_outer(with_outer(None, x), y))
+    assert torch.allclose(found, x.T @ x + y.T @ y, atol=1e-12) and torch.equal(found, found.T)
 
 
 def test_bfloat16_rows_are_summed_in_float32() -> None:
