@@ -227,10 +227,10 @@ def _check(place: int, edit: Edit, layers: int) -> None:
 
 
 def _bad_edit(place: int, edit: Edit, error: Exception) -> BadPlan:
-    given, expected, do = ((error.given, error.expected, error.do) if isinstance(error, LayerwiseError)
-                           else (str(error), "an edit this model can have", "change it"))
+    given, expected, how = ((error.given, error.expected, f": {error.do}") if isinstance(error, LayerwiseError)
+                            else (str(error), "an edit this model can have", ""))
     return BadPlan(f"edit {place} of the plan, {edit} for {_name(edit.target)}: {given}",
-                   expected=expected, do=f"{do}, or remove this edit")
+                   expected=expected, do=f"remove this edit, or change it{how}")
 
 
 def _what(edits: list[Edit]) -> str:

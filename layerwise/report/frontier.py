@@ -25,7 +25,7 @@ from layerwise.measure.marginal import divergence
 from layerwise.measure.scores import Scores
 from layerwise.report.alternatives import calibrated, defaults_for, parse_alternatives
 from layerwise.report.optimize import Tell, calibration_text, measured_for, opened, parted
-from layerwise.report.refine import corrected, undone
+from layerwise.report.refine import corrected, floor_of, undone
 from layerwise.report.run import Run
 
 SHARES = (0.6, 0.5, 0.4, 0.35, 0.3, 0.25)
@@ -88,7 +88,7 @@ def frontier(
         save=lambda scores, path: scores.save(path),
         load=Scores.load,
     )
-    floor = scores["response:floor"].values[0] if "response:floor" in scores else 0.0
+    floor = floor_of(scores)
 
     def point(share: float, scores: Scores) -> tuple[Point, Scores]:
         plan = allocate(scores, Budget(**{of: share}), alternatives=alternatives, seed=seed, clock=clock)

@@ -65,7 +65,7 @@ def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan]
     on. Raises what planning and applying raise.
     """
     found: list[Round] = []
-    floor = scores["response:floor"].values[0] if "response:floor" in scores else 0.0
+    floor = floor_of(scores)
     for number in range(1, rounds + 1):
         plan = decide(scores)
         if any(plan.edits == earlier.plan.edits for earlier in found):
@@ -80,6 +80,11 @@ def refine(stack: DecoderStack, scores: Scores, decide: Callable[[Scores], Plan]
         scores = corrected(scores, plan, undone(stack, slim, plan, trial, measured, seed, progress), floor)
         del slim  # or two edited models are in memory while the next is made
     return found
+
+
+def floor_of(scores: Scores) -> float:
+    """What rounding alone does to the predictions of the original, nats per token; 0 where it was not measured."""
+    return scores["response:floor"].values[0] if "response:floor" in scores else 0.0
 
 
 def shortened(trial: TextData) -> TextData:
