@@ -19,6 +19,7 @@ import numpy as np
 from layerwise.allocate.choices import Choice, Groups
 from layerwise.allocate.links import needs, settled
 from layerwise.allocate.solvers.problem import Floats, Indices, Problem
+from layerwise.io.silence import silent
 
 STOPPED, INFEASIBLE = 1, 2
 CLOSE = 0.01
@@ -27,18 +28,18 @@ CLOSE = 0.01
 
 def minimise(problem: Problem, value_GC: Floats, room: float = 1.0, **options: Any) -> tuple[Indices | None, int]:
     """The places of the choices with the smallest total value within `room` of the limits, and HiGHS's status."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import Bounds, LinearConstraint
 
     real_GC = np.isfinite(problem.loss_GC)
     rules = [*_rules(problem, real_GC), LinearConstraint(problem.cost_KGC[:, real_GC], -np.inf, room)]
-    found = milp(value_GC[real_GC], constraints=rules, integrality=np.ones(int(real_GC.sum())), bounds=Bounds(0, 1),
-                 options=options)
+    found = _solved(value_GC[real_GC], constraints=rules, integrality=np.ones(int(real_GC.sum())), bounds=Bounds(0, 1),
+                    options=options)
     return (None if found.x is None else _places(real_GC, found.x)), found.status
 
 
 def nearest(problem: Problem) -> dict[str, float]:
     """Totals of the plan whose largest excess over a limit, as a share of it, is smallest."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import Bounds, LinearConstraint
     from scipy.sparse import csr_array, hstack
 
     real_GC = np.isfinite(problem.loss_GC)
@@ -47,11 +48,19 @@ def nearest(problem: Problem) -> dict[str, float]:
     excess = np.hstack([cost_KX, np.full((len(cost_KX), 1), -1.0)])
     rules = [LinearConstraint(hstack([rule.A, csr_array((rule.A.shape[0], 1))]), rule.lb, rule.ub)
              for rule in _rules(problem, real_GC)]
-    found = milp(np.eye(count + 1)[-1], integrality=np.eye(count + 1)[-1] == 0,
-                 constraints=[*rules, LinearConstraint(excess, -np.inf, 0)],
-                 bounds=Bounds(0, np.r_[np.ones(count), np.inf]))
+    found = _solved(np.eye(count + 1)[-1], integrality=np.eye(count + 1)[-1] == 0,
+                    constraints=[*rules, LinearConstraint(excess, -np.inf, 0)],
+                    bounds=Bounds(0, np.r_[np.ones(count), np.inf]))
     spent_K = problem.spent(_places(real_GC, found.x[:-1]))
     return {name: share * limit for (name, limit), share in zip(problem.limits.items(), spent_K, strict=True)}
+
+
+def _solved(value_X: Floats, **program: Any) -> Any:
+    """What scipy's `milp` finds, without the line that HiGHS prints where it repairs a solution of its presolve."""
+    from scipy.optimize import milp
+
+    with silent():
+        return milp(value_X, **program)
 
 
 def mended(groups: Groups, limits: Mapping[str, float], picked: list[Choice], by_loss: bool

@@ -1,0 +1,34 @@
+"""Silence of compiled libraries that print on standard output, which may be read by another program."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """While the context lasts nothing that is written to standard output gets there, whoever writes it.
+
+    Where a process has no standard output, nothing changes.
+    """
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        if sys.platform != "win32":
+            ctypes.CDLL(None).fflush(None)  # or what C has buffered comes out later
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
