@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 
 @contextmanager
@@ -15,11 +15,10 @@ def silent() -> Iterator[None]:
 
     Where a process has no standard output, nothing changes.
     """
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
     try:
+        sys.stdout.flush()
         kept = os.dup(1)
-    except OSError:
+    except (AttributeError, OSError, ValueError):  # sys.stdout is None where there was none from the start
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -29,3 +29,10 @@ def test_nothing_is_heard_and_nothing_else_is_lost() -> None:
 def test_without_standard_output_nothing_changes() -> None:
     closed = "import os\nfrom layerwise.io.silence import silent\nos.close(1)\nwith silent():\n    done = 1\n"
     subprocess.run([sys.executable, "-c", closed + "os._exit(0)"], check=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes it as a POSIX shell does")
+def test_started_without_standard_output_nothing_changes() -> None:
+    """Python has no `sys.stdout` then."""
+    program = "import sys\nfrom layerwise.io.silence import silent\nassert sys.stdout is None\nwith silent(): pass"
+    subprocess.run(["/bin/sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, program], check=True)
