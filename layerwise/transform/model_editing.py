@@ -21,6 +21,7 @@ from layerwise.nets.decoder import Block
 from layerwise.stack.base import State
 from layerwise.stack.decoder import DecoderStack
 from layerwise.transform.closed_form import batch, directions, rank_one, ridged
+from layerwise.transform.moments import mirrored, with_outer
 from layerwise.transform.wishes import Request, Search, keys, last_matrix, wishes
 
 
@@ -39,9 +40,8 @@ def neuron_moments(stack: DecoderStack, states: Sequence[State], layers: Sequenc
                 state = stack.run(state, slice(layer, layer + 1))
             if layer in layers:
                 x_NI = seen[layer, "neurons"].flatten(0, 1).float()
-                gram_II = x_NI.T @ x_NI
-                sums[layer] = sums[layer] + gram_II if layer in sums else gram_II
-    return {layer: ridged(sums[layer] / count).float() for layer in layers}
+                sums[layer] = with_outer(sums.get(layer), x_NI)
+    return {layer: ridged(mirrored(sums[layer]) / count).float() for layer in layers}
 
 
 def rome(stack: DecoderStack, layer: int, requests: Sequence[Request], moment_II: Tensor,
