@@ -120,9 +120,11 @@ INLINE int64_t place_of(const Shape *a, const int64_t *table, int64_t kv_head, i
 }
 
 /* The slots of a span, counted from its first one on, from `from` to the one before `to`, that some tokens of a group see,
-   and where each is; those before are taken to be where the first is, and those behind where the last is. */
-typedef struct {
+   and where each is; those before are taken to be where the first is, and those behind where the last is. While a slot is
+   read, the one at its place in the `next` span is fetched: at once memory gives far less. */
+typedef struct Slots {
     int64_t from, to, at[SPAN];
+    const struct Slots *next;
 } Slots;
 
 INLINE void find_slots(const Shape *a, const int64_t *table, int64_t kv_head, int64_t span, int64_t from, int64_t to,
@@ -137,12 +139,21 @@ INLINE void find_slots(const Shape *a, const int64_t *table, int64_t kv_head, in
     slots->from = from - span, slots->to = to - span;
 }
 
+/* A slot on its way into the second cache. */
+INLINE void fetch_slot(const void *pool, int64_t slot, int64_t width, int kept) {
+    const int64_t bits = kept == KEPT_FLOAT32 ? 32 : kept == KEPT_BFLOAT16 ? 16 : kept == KEPT_INT8 ? 8 : 4;
+    const int64_t size = width * bits / 8;
+    const char *at = (const char *)(kept < KEPT_INT8 ? pool : ((const Codes *)pool)->codes) + slot * size;
+    for (int64_t i = 0; i < size; i += LINE) __builtin_prefetch(at + i, 0, 2);
+}
+
 INLINE int64_t whole(int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 /* Numbers of `count` slots from `slot` on as float32, a row each, `apart`; those that are not seen are zero. */
 INLINE void widen(const Slots *slots, int64_t slot, int64_t count, const void *from, float *to, int64_t apart,
                   int64_t width, int kept) {
     for (int64_t j = slot; j < slot + count; j++, to += apart) {
+        fetch_slot(from, slots->next->at[j], width, kept);
         if (j < slots->from || j >= slots->to) memset(to, 0, width * sizeof *to);
         else read_kept(from, slots->at[j], to, width, kept);
     }
@@ -161,9 +172,11 @@ INLINE void pair_values(const Slots *slots, const void *v, float *room, float *t
     static const bf16 none[WIDEST];
     for (int64_t j = 0; j < SPAN; j += 2, to += apart) {
         const bf16 *of[2];
-        for (int n = 0; n < 2; n++)
+        for (int n = 0; n < 2; n++) {
+            fetch_slot(v, slots->next->at[j + n], width, kept);
             of[n] = j + n < slots->from || j + n >= slots->to
                         ? none : in_bfloat16(v, slots->at[j + n], room + n * width, width, kept);
+        }
         for (int64_t i = 0; i < width; i++) {
             const uint32_t pair = of[0][i] | (uint32_t)of[1][i] << 16;
             memcpy(to + i, &pair, sizeof pair);
@@ -182,28 +195,16 @@ INLINE void turn_keys(const Slots *slots, int64_t slot, const void *k, Room *roo
     }
     for (int64_t j = 0; j < COLUMNS; j += SIXTEEN) {
         const bf16 *rows[SIXTEEN];
-        for (int64_t n = 0; n < SIXTEEN; n++)
+        for (int64_t n = 0; n < SIXTEEN; n++) {
+            fetch_slot(k, slots->next->at[slot + j + n], width, kept);
             rows[n] = in_bfloat16(k, slots->at[slot + j + n], room->widened + n * width, width, kept);
+        }
         if (!pairs)
             for (int64_t i = 0; i < width; i += MANY) widen_over(rows, i, room->keys + i * COLUMNS + j);
         else
             for (int64_t i = 0; i < width / 2; i += MANY)
                 for (int64_t n = 0; n < SIXTEEN; n += MANY)
                     turn_over_rows((const float *const *)rows + n, i, room->keys + i * COLUMNS + j + n);
-    }
-}
-
-/* Keys and values of the slots from `from` to the one before `to` on their way into the second cache. */
-INLINE void fetch_slots(const Shape *a, const int64_t *table, int64_t kv_head, int64_t from, int64_t to, const void *k,
-                        const void *v, int64_t width, int kept) {
-    if (kept >= KEPT_INT8) k = ((const Codes *)k)->codes, v = ((const Codes *)v)->codes;
-    const int64_t bits = kept == KEPT_FLOAT32 ? 32 : kept == KEPT_BFLOAT16 ? 16 : kept == KEPT_INT8 ? 8 : 4;
-    const int64_t size = width * bits / 8;
-    for (int64_t slot = from, next; slot < to; slot = next) {
-        next = (slot / a->block + 1) * a->block < to ? (slot / a->block + 1) * a->block : to;
-        const int64_t at = place_of(a, table, kv_head, slot) * size;
-        for (int64_t i = 0; i < (next - slot) * size; i += LINE)
-            __builtin_prefetch((const char *)k + at + i, 0, 2), __builtin_prefetch((const char *)v + at + i, 0, 2);
     }
 }
 
@@ -259,17 +260,14 @@ INLINE void weigh(const Sight *seen, int64_t span, float softcap, float *logits,
 }
 
 /* Tokens from `first` to the one before `stop` of a group see slots of a span, in the same blocks. */
-INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, int64_t first, int64_t stop,
-                    const void *k, const void *v, int64_t width, int kept, int pairs) {
+INLINE void span_of(const Shape *a, const Group *g, const Slots *next, Room *room, int64_t span, int64_t first,
+                    int64_t stop, const void *k, const void *v, int64_t width, int kept, int pairs) {
     const Range all = range_of(room->sights, first, stop);
     const int64_t from = all.from < span ? span : all.from, to = all.to > span + SPAN ? span + SPAN : all.to;
     if (from >= to) return;
     const int64_t low = (from - span) / COLUMNS * COLUMNS, high = to - span, after = stop * g->heads;
-    const Sight *one = room->sights + first;
-    const int64_t end = one->to < span + 2 * SPAN ? one->to : span + 2 * SPAN;
-    Slots slots;
-    find_slots(a, one->table, g->kv_head, span, from, to, &slots);
-    fetch_slots(a, one->table, g->kv_head, span + SPAN, end, k, v, width, kept);
+    Slots slots = {.next = next};
+    find_slots(a, room->sights[first].table, g->kv_head, span, from, to, &slots);
     for (int64_t column = low, some; column < high; column += COLUMNS) {
         turn_keys(&slots, column, k, room, width, kept, pairs);
         for (int64_t m = first * g->heads; m < after; m += some) {
@@ -298,8 +296,23 @@ INLINE void span_of(const Shape *a, const Group *g, Room *room, int64_t span, in
         }
 }
 
-INLINE void group_in(const Shape *a, const Places *p, const Group *g, const float *q, const void *k, const void *v,
-                     void *out, Room *room, int64_t width, int half, int kept, int pairs) {
+/* The slots that are read after those that the tokens before `stop` see of a span: what others of the group see of it, or of
+   the next one, or else the first ones of group `after`. */
+INLINE void find_next(const Shape *a, const Places *p, const Group *g, const Group *after, const Sight *sights,
+                      int64_t span, int64_t stop, Slots *next) {
+    int64_t t = stop;
+    while (t < g->tokens && sights[t].to <= span) t++;
+    if (t == g->tokens)
+        for (t = 0, span += SPAN; t < g->tokens && sights[t].to <= span;) t++;
+    const int inside = t < g->tokens;
+    const Sight one = inside ? sights[t] : sight_of(a, p, p->order[after->first]);
+    if (!inside) span = one.from / SPAN * SPAN;
+    const int64_t from = one.from > span ? one.from : span, to = one.to < span + SPAN ? one.to : span + SPAN;
+    find_slots(a, one.table, inside ? g->kv_head : after->kv_head, span, from, to, next);
+}
+
+INLINE void group_in(const Shape *a, const Places *p, const Group *g, const Group *after, const float *q, const void *k,
+                     const void *v, void *out, Room *room, int64_t width, int half, int kept, int pairs) {
     for (int64_t t = 0; t < g->tokens; t++) {
         const Sight seen = room->sights[t] = sight_of(a, p, p->order[g->first + t]);
         const int64_t numbers = g->heads * width;
@@ -313,14 +326,25 @@ INLINE void group_in(const Shape *a, const Places *p, const Group *g, const floa
     for (int64_t span = all.from / SPAN * SPAN; span < all.to; span += SPAN)
         for (int64_t first = 0, stop; first < g->tokens; first = stop) {
             const Sight *one = room->sights + first;
+            Slots next;
             for (stop = first + 1; stop < g->tokens && alike(one, room->sights + stop, span, a->block);) stop++;
-            span_of(a, g, room, span, first, stop, k, v, width, kept, pairs);
+            find_next(a, p, g, after, room->sights, span, stop, &next);
+            span_of(a, g, &next, room, span, first, stop, k, v, width, kept, pairs);
         }
     for (int64_t m = 0; m < g->tokens * g->heads; m++) {
         const int64_t to = (room->sights[m / g->heads].token * a->heads + g->head + m % g->heads) * width;
         for (int64_t i = 0; i < width; i += MANY)
             put_many(out, to + i, load_many(room->out + m * whole(width) + i) / room->sum[m], half);
     }
+}
+
+/* Group `i` of `count` runs of tokens, from `from` on each, for every part of the heads that read the same keys. */
+static Group group_at(const Shape *a, const Places *p, const int64_t *from, int64_t count, int64_t tokens, int64_t i) {
+    const int64_t group = a->heads / a->kv_heads, heads = group < QUERIES ? group : QUERIES;
+    const int64_t parts = (group + heads - 1) / heads, first = from[i % count], at = i / count % parts * heads;
+    const int64_t kv_head = i / count / parts;
+    return (Group){first, grouped(a, p, first, tokens, QUERIES / heads), kv_head, kv_head * group + at,
+                   group - at < heads ? group - at : heads};
 }
 
 static int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
@@ -336,6 +360,7 @@ static int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
     float *q = (float *)memory;
     int64_t *from = (int64_t *)(memory + queries + threads * own), count = 0;
     for (int64_t t = 0; t < tokens; t += grouped(a, p, t, tokens, most)) from[count++] = t;
+    const int64_t all = count * parts * a->kv_heads;
 #pragma omp parallel num_threads(threads)
     {
         char *mine = memory + queries + omp_get_thread_num() * own;
@@ -347,11 +372,10 @@ static int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++) enter(a, p, norms, t, qkv, cos, sin, q, k, v, half, kept);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count * parts * a->kv_heads; i++) {
-            const int64_t first = from[i % count], kv_head = i / count / parts, at = i / count % parts * heads;
-            const Group g = {first, grouped(a, p, first, tokens, most), kv_head, kv_head * group + at,
-                             group - at < heads ? group - at : heads};
-#define IN(width, kept, pairs) group_in(a, p, &g, q, k, v, out, room, width, half, kept, pairs)
+        for (int64_t i = 0; i < all; i++) {
+            const int64_t later = i + threads < all ? i + threads : i; /* this thread's next, or about that */
+            const Group g = group_at(a, p, from, count, tokens, i), after = group_at(a, p, from, count, tokens, later);
+#define IN(width, kept, pairs) group_in(a, p, &g, &after, q, k, v, out, room, width, half, kept, pairs)
             if (pairs && kept == KEPT_INT8) IN(width, KEPT_INT8, 1);
             else if (pairs && kept == KEPT_INT4) IN(width, KEPT_INT4, 1);
             else if (pairs && width == 64) IN(64, KEPT_BFLOAT16, 1);
