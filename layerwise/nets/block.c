@@ -49,25 +49,50 @@ static void add(const void *x, void *y, const float *norm, float eps, int64_t ro
     else add_in(x, y, rows * width, to, 0, threads);
 }
 
-/* x, y [tokens, hidden], which may be the same; the rest as in `attend`. Gives 0, or 1 where memory ran out. */
-static int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, const void *x, const void *cos,
-                      const void *sin, void *k, void *v, void *y, int half, int kept, int threads) {
+/* Some of the tokens, in ascending order. */
+typedef struct {
+    const int64_t *tokens;
+    int64_t count;
+} Wanted;
+
+/* Rows of `size` bytes one behind the other; `to` may be `from`. */
+static void gather(const char *from, const Wanted *wanted, int64_t size, char *to) {
+    for (int64_t i = 0; i < wanted->count; i++) memmove(to + i * size, from + wanted->tokens[i] * size, size);
+}
+
+static void scatter(const char *from, const Wanted *wanted, int64_t size, char *to) {
+    for (int64_t i = 0; i < wanted->count; i++) memcpy(to + wanted->tokens[i] * size, from + i * size, size);
+}
+
+/* x, y [tokens, hidden], which may be the same; of tokens that are not `wanted` y is x, where it is not NULL, and of the block
+   only keys and values are made; the rest as in `attend`. Gives 0, or 1 where memory ran out. */
+static int block_step(const Block *b, const Shape *a, const Places *p, int64_t tokens, const Wanted *wanted, const void *x,
+                      const void *cos, const void *sin, void *k, void *v, void *y, int half, int kept, int threads) {
     const int64_t hidden = b->hidden, heads = a->heads * a->width, all = heads + 2 * a->kv_heads * a->width;
     const int64_t size = half ? 2 : 4, wide = all > 2 * b->inner ? all : 2 * b->inner;
     const int64_t narrow = heads > b->inner ? heads : b->inner;
-    char *normed = malloc(tokens * (hidden + wide + narrow) * size);
+    char *normed = malloc((tokens * (hidden + wide + narrow) + (wanted ? wanted->count * hidden : 0)) * size);
     if (!normed) return 1;
-    char *joined = normed + tokens * hidden * size, *mixed = joined + tokens * wide * size;
+    char *joined = normed + tokens * hidden * size, *mixed = joined + tokens * wide * size, *to = y;
     rms_norm(x, b->attention_norm, tokens, hidden, b->eps, normed, half, threads);
     int failed = joined_product(&b->qkv, normed, tokens, joined, half, threads);
     failed |= attend(a, p, b->heads, tokens, joined, cos, sin, k, v, mixed, half, kept, threads);
-    failed |= product(b->o, mixed, tokens, b->o_bias, normed, hidden, half, threads);
-    add(x, normed, b->attention_post, b->eps, tokens, hidden, y, half, threads);
-    rms_norm(y, b->feed_forward_norm, tokens, hidden, b->eps, normed, half, threads);
-    failed |= joined_product(&b->gate_up, normed, tokens, joined, half, threads);
-    gate_times(joined, tokens, b->inner, mixed, (int)b->activation, half, threads);
-    failed |= product(b->down, mixed, tokens, NULL, normed, hidden, half, threads);
-    add(y, normed, b->feed_forward_post, b->eps, tokens, hidden, y, half, threads);
+    if (wanted) {
+        if (x != y) memcpy(y, x, tokens * hidden * size);
+        to = mixed + tokens * narrow * size, tokens = wanted->count;
+        gather(x, wanted, hidden * size, to), gather(mixed, wanted, heads * size, mixed);
+        x = to;
+    }
+    if (tokens) {
+        failed |= product(b->o, mixed, tokens, b->o_bias, normed, hidden, half, threads);
+        add(x, normed, b->attention_post, b->eps, tokens, hidden, to, half, threads);
+        rms_norm(to, b->feed_forward_norm, tokens, hidden, b->eps, normed, half, threads);
+        failed |= joined_product(&b->gate_up, normed, tokens, joined, half, threads);
+        gate_times(joined, tokens, b->inner, mixed, (int)b->activation, half, threads);
+        failed |= product(b->down, mixed, tokens, NULL, normed, hidden, half, threads);
+        add(to, normed, b->feed_forward_post, b->eps, tokens, hidden, to, half, threads);
+    }
+    if (wanted) scatter(to, wanted, hidden * size, y);
     free(normed);
     return failed;
 }
@@ -82,11 +107,13 @@ typedef struct {
     int64_t kept;
 } Pass;
 
-/* Blocks one after the other. */
-int block_steps(const Pass *pass, int64_t count, int64_t tokens, const void *x, void *y, int half, int threads) {
+/* Blocks one after the other; of the last one only the tokens `wanted` are made where that is not NULL. */
+int block_steps(const Pass *pass, int64_t count, int64_t tokens, const int64_t *wanted, int64_t few, const void *x, void *y,
+                int half, int threads) {
+    const Wanted some = {wanted, few};
     int failed = 0;
-    for (const Pass *p = pass; p < pass + count; x = y, p++)
-        failed |= block_step(p->block, p->shape, p->places, tokens, x, p->cos, p->sin, p->k, p->v, y, half, (int)p->kept,
-                             threads);
+    for (const Pass *p = pass, *last = pass + count - 1; p <= last; x = y, p++)
+        failed |= block_step(p->block, p->shape, p->places, tokens, wanted && p == last ? &some : NULL, x, p->cos, p->sin,
+                             p->k, p->v, y, half, (int)p->kept, threads);
     return failed;
 }

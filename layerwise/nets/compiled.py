@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
     found.rms_norm.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int, c_int]
     found.gate_times.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int, c_int]
     found.attend.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int, c_int, c_int]
-    found.block_steps.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int]
+    found.block_steps.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int]
     found.unit_multiplies.argtypes = [c_int64, c_int64]
     found.rms_norm.restype = found.gate_times.restype = found.packed_numbers.restype = None
     return found

@@ -1,6 +1,6 @@
 """What all layers share during one pass: positions, masks, rotations and the caches.
 
-Shapes: B batch, T new tokens, S cached plus new tokens, H heads, D head width.
+Shapes: B batch, T new tokens, P tokens that are wanted, S cached plus new tokens, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def _room(store: Tensor | None, new: Tensor, used: int, end: int) -> Tensor:
 class Flow:
     """Positions [B, T] of the new tokens, validity [B, S] of all tokens (None: no padding), caches by layer.
 
-    `sources` are the layers whose keys and values a later layer reads; the pass keeps those it has seen.
+    `sources` are the layers whose keys and values a later layer reads; the pass keeps those it has seen. Behind the last
+    layer only tokens `wanted_P` are read, int64 in ascending order (None: all): it may leave the others as they come.
     """
 
     positions_BT: Tensor
@@ -91,6 +92,7 @@ class Flow:
     past: int = 0
     dtype: torch.dtype = torch.float32
     sources: frozenset[int] = frozenset()
+    wanted_P: Tensor | None = None
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _rotations: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)

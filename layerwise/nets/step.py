@@ -1,7 +1,7 @@
 """A block, its matrices packed or dense in half precision, in one compiled call: for few tokens, or for any number
 where all products take many rows. Blocks one after the other are one call as well.
 
-Shapes: N tokens, C hidden width.
+Shapes: N tokens, P of them wanted, C hidden width.
 """
 
 from __future__ import annotations
@@ -80,8 +80,12 @@ class _Pass(ctypes.Structure):
         ("kept", c_int64)]
 
 
-def through(steps: Sequence[tuple[Step, Pages]], x_NC: Tensor) -> Tensor:
-    """What blocks one after the other make of hidden states, [N, C], in one call."""
+def through(steps: Sequence[tuple[Step, Pages]], x_NC: Tensor, wanted_P: Tensor | None = None) -> Tensor:
+    """What blocks one after the other make of hidden states, [N, C], in one call.
+
+    Of tokens that are not among `wanted_P`, int64 in ascending order, the last block makes keys and values only: what
+    comes back is what they were before it.
+    """
     found = library()
     assert found is not None
     x_NC = x_NC.contiguous()
@@ -89,7 +93,8 @@ def through(steps: Sequence[tuple[Step, Pages]], x_NC: Tensor) -> Tensor:
     passes = (_Pass * len(steps))(*[
         _Pass(step.address, pages.shape, pages.places, pages.cos, pages.sin, pages.k, pages.v, pages.kept)
         for step, pages in steps])
-    if found.block_steps(passes, len(steps), len(x_NC), x_NC.data_ptr(), y_NC.data_ptr(), DTYPES[x_NC.dtype],
+    wanted = (None, 0) if wanted_P is None else (wanted_P.data_ptr(), len(wanted_P))
+    if found.block_steps(passes, len(steps), len(x_NC), *wanted, x_NC.data_ptr(), y_NC.data_ptr(), DTYPES[x_NC.dtype],
                          torch.get_num_threads()):
         raise MemoryError(f"no memory for a block with {len(x_NC)} tokens")
     return y_NC

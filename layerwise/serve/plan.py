@@ -23,7 +23,10 @@ Action = Callable[[DecoderStack, Tensor, Flow, range], Tensor]
 
 
 def in_order(stack: DecoderStack, x_1NC: Tensor, flow: Flow, layers: range) -> Tensor:
-    """One layer after the other; neighbours that are a compiled call each are one call together."""
+    """One layer after the other; neighbours that are a compiled call each are one call together.
+
+    Where the last layer of all is such a call, it leaves tokens that are not wanted as they come.
+    """
     passed: list[tuple[Step, Pages]] = []
     for layer in layers:
         block = stack.block(layer)
@@ -33,7 +36,9 @@ def in_order(stack: DecoderStack, x_1NC: Tensor, flow: Flow, layers: range) -> T
             continue
         x_1NC = block(through(passed, x_1NC[0])[None] if passed else x_1NC, flow, layer)
         passed = []
-    return through(passed, x_1NC[0])[None] if passed else x_1NC
+    if not passed:
+        return x_1NC
+    return through(passed, x_1NC[0], flow.wanted_P if layers.stop == len(stack) else None)[None]
 
 
 @dataclass(frozen=True)

@@ -105,5 +105,10 @@ class Row:
         return self.count + len(self.drafts)
 
     @property
+    def unread(self) -> int:
+        """How many of the tokens come before the first whose logits are wanted."""
+        return self.count - self.wanted
+
+    @property
     def tokens(self) -> list[int]:
         return self.sequence.tokens[self.start : self.start + self.count] + self.drafts
