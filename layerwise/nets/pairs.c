@@ -90,7 +90,8 @@ int multiplies_pairs(void) { return 1; }
 
 /* x [rows, inputs], y [rows, outputs] with rows `stride` apart. Gives 0, or 1 where memory ran out. */
 int pairs_product(const Matrix *w, const bf16 *x, int64_t rows, const float *bias, bf16 *y, int64_t stride, int threads) {
-    const int64_t inputs = w->inputs, near = NEAR / 2 / inputs, chunk = near > ROWS ? near : ROWS;
+    if (rows == 0) return 0;
+    const int64_t inputs = w->inputs, near = NEAR / 2 / inputs, chunk = even_part(rows, near > ROWS ? near : ROWS);
     const int dense = w->kind == BFLOAT16;
     const size_t own = dense ? 0 : lines(STAYING * inputs * sizeof *x);
     char *memory = dense ? NULL : aligned_alloc(LINE, threads * own);
