@@ -2,7 +2,8 @@
 
 The jobs `offline` and `prefixes` of `benchmarks.serve`, with every pass through the blocks and through the head timed.
 After each job the products with the matrices of the blocks are made once more for as many rows as each of its
-passes had, and nothing else: what blocks took beyond that is attention, norms, activations and sums.
+passes had, and nothing else: what blocks took beyond that is attention, norms, activations and sums. The last block
+makes keys and values only of tokens whose logits nobody reads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,13 +27,13 @@ from layerwise.serve.engine import Engine
 from layerwise.serve.request import Params
 from layerwise.stack.decoder import DecoderStack
 
-Passes = list[tuple[int, float]]
+R = TypeVar("R")
 
 
 @contextmanager
-def timed(place: Any, name: str, rows_of: Callable[..., int]) -> Iterator[Passes]:
+def timed(place: Any, name: str, rows_of: Callable[..., R]) -> Iterator[list[tuple[R, float]]]:
     """Rows and seconds of every call of the function of that name."""
-    found: Passes = []
+    found: list[tuple[R, float]] = []
     original = getattr(place, name)
 
     def instead(*given: Any) -> Any:
@@ -60,6 +61,8 @@ class Bench:
                                            if isinstance(part, HalfLinear)]
         if not self.matrices:
             raise SystemExit("no compiled products on this machine: there is nothing to tell apart")
+        self.last = {part for name, part in blocks[-1].named_modules()
+                     if isinstance(part, HalfLinear) and name.rpartition(".")[2] not in ("q", "k", "v")}
         self.run([self.prompts.tokens(200), self.prompts.tokens(100)], 8)
 
     def run(self, prompts: list[list[int]], new: int) -> float:
@@ -67,31 +70,38 @@ class Bench:
         list(self.engine.generate(prompts, Params(max_tokens=new, stop_ids=())))
         return time.perf_counter() - began
 
+    def rows(self, matrix: HalfLinear, tokens: int, wanted: int) -> int:
+        """How many rows a matrix is multiplied with in a pass."""
+        return wanted if matrix in self.last else tokens
+
     @torch.inference_mode()
-    def products(self, passes: Passes) -> float:
-        """Seconds that the products of these passes take by themselves."""
+    def products(self, passes: list[tuple[int, int]]) -> float:
+        """Seconds that the products of these passes, of some tokens and of them some wanted, take by themselves."""
         inputs = {matrix.in_features for matrix in self.matrices}
         spent = 0.0
-        for rows, _ in passes:
-            given = {width: torch.randn(rows, width, dtype=self.engine.stack.dtype) for width in inputs}
+        for tokens, wanted in passes:
+            given = {width: torch.randn(tokens, width, dtype=self.engine.stack.dtype) for width in inputs}
             began = time.perf_counter()
             for matrix in self.matrices:
-                matrix(given[matrix.in_features])
+                matrix(given[matrix.in_features][: self.rows(matrix, tokens, wanted)])
             spent += time.perf_counter() - began
         return spent
 
 
 def parts(bench: Bench, prompts: list[list[int]], new: int) -> dict[str, float]:
     """Seconds of one job by what they went to, and what its products need at the speed of torch's largest ones."""
-    with timed(plan, "through", lambda steps, x_NC: len(x_NC)) as passes, \
+    with timed(plan, "through", lambda steps, x_NC, wanted_P=None: (
+            len(x_NC), len(x_NC if wanted_P is None else wanted_P))) as passes, \
             timed(Decoder, "logits", lambda decoder, x_BTC: x_BTC.shape[1]) as heads:
         total = bench.run(prompts, new)
-    blocks, products = sum(seconds for _, seconds in passes), bench.products(passes)
+    blocks, sizes = sum(seconds for _, seconds in passes), [size for size, _ in passes]
     head = sum(seconds for _, seconds in heads)
-    numbers = sum(matrix.in_features * matrix.out_features for matrix in bench.matrices)
+    products = bench.products(sizes)
+    numbers = sum(matrix.in_features * matrix.out_features * bench.rows(matrix, *size)
+                  for matrix in bench.matrices for size in sizes)
     return {"all": total, "products": products, "the rest of blocks": blocks - products, "head": head,
             "outside": total - blocks - head,
-            "products at peak": 2 * numbers * sum(rows for rows, _ in passes) / peak()}
+            "products at peak": 2 * numbers / peak()}
 
 
 def main() -> None:

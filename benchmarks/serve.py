@@ -161,10 +161,12 @@ def compared(what: str, found: Mapping[str, list[float]], ours: str, theirs: str
 
 
 def operations(spec: StackSpec, tokens: int, written: int) -> int:
-    """What products of matrices take at least: all layers for every token, the head where a token is written."""
-    head = spec.vocabulary * spec.hidden
+    """What products of matrices take at least: all layers for every token, the head where a token is written, and
+    elsewhere of the last layer only keys and values."""
+    head, last = spec.vocabulary * spec.hidden, spec.rows[-1]
     layers = spec.parameters() - (head if spec.tied else 2 * head)
-    return 2 * (tokens * layers + written * head)
+    read = sum(o * i for name, (o, i) in last.matrices(spec.hidden).items() if name in ("k", "v"))
+    return 2 * (tokens * layers + written * head - (tokens - written) * (last.parameters(spec.hidden) - read))
 
 
 def stream(bench: Bench) -> list[Row | None]:

@@ -107,13 +107,13 @@ typedef struct {
     int64_t kept;
 } Pass;
 
-/* Blocks one after the other; of the last one only the tokens `wanted` are made where that is not NULL. */
+/* Blocks one after the other; of the last one only `few` tokens are made, those `wanted`, or all where `few` is below 0. */
 int block_steps(const Pass *pass, int64_t count, int64_t tokens, const int64_t *wanted, int64_t few, const void *x, void *y,
                 int half, int threads) {
     const Wanted some = {wanted, few};
     int failed = 0;
     for (const Pass *p = pass, *last = pass + count - 1; p <= last; x = y, p++)
-        failed |= block_step(p->block, p->shape, p->places, tokens, wanted && p == last ? &some : NULL, x, p->cos, p->sin,
+        failed |= block_step(p->block, p->shape, p->places, tokens, few >= 0 && p == last ? &some : NULL, x, p->cos, p->sin,
                              p->k, p->v, y, half, (int)p->kept, threads);
     return failed;
 }

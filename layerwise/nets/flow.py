@@ -82,8 +82,8 @@ def _room(store: Tensor | None, new: Tensor, used: int, end: int) -> Tensor:
 class Flow:
     """Positions [B, T] of the new tokens, validity [B, S] of all tokens (None: no padding), caches by layer.
 
-    `sources` are the layers whose keys and values a later layer reads; the pass keeps those it has seen. Behind the last
-    layer only tokens `wanted_P` are read, int64 in ascending order (None: all): it may leave the others as they come.
+    `sources` are the layers whose keys and values a later layer reads; the pass keeps those it has seen. Behind the
+    last layer only tokens `wanted_P` are read, int64 in ascending order (None: all): it may leave others as they come.
     """
 
     positions_BT: Tensor

@@ -93,7 +93,7 @@ def through(steps: Sequence[tuple[Step, Pages]], x_NC: Tensor, wanted_P: Tensor 
     passes = (_Pass * len(steps))(*[
         _Pass(step.address, pages.shape, pages.places, pages.cos, pages.sin, pages.k, pages.v, pages.kept)
         for step, pages in steps])
-    wanted = (None, 0) if wanted_P is None else (wanted_P.data_ptr(), len(wanted_P))
+    wanted = (None, -1) if wanted_P is None else (wanted_P.data_ptr(), len(wanted_P))
     if found.block_steps(passes, len(steps), len(x_NC), *wanted, x_NC.data_ptr(), y_NC.data_ptr(), DTYPES[x_NC.dtype],
                          torch.get_num_threads()):
         raise MemoryError(f"no memory for a block with {len(x_NC)} tokens")

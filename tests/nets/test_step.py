@@ -6,12 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 import layerwise as lw
 from layerwise.nets import wide
+from layerwise.nets.attend import Pages
 from layerwise.nets.compiled import library
 from layerwise.nets.prepared import DirectBlock
+from layerwise.nets.step import Step, through
 from layerwise.nets.wide import may_widen
+from layerwise.serve import plan
 from layerwise.serve.pool import Pool
 from layerwise.serve.request import Params
 from layerwise.serve.runner import Runner
@@ -120,6 +124,33 @@ def test_dense_matrices_of_half_precision_are_read_as_they_are(matrices: tuple[s
         assert found.tokens == right.tokens and found.logprobs is not None and right.logprobs is not None
         for one, other in zip(found.logprobs, right.logprobs, strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_last_layer_makes_what_is_read(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are wanted are as if all were; the others come as they were before the last layer."""
+    counts: list[int] = []
+
+    def checked(passes: list[tuple[Step, Pages]], x_NC: Tensor, wanted_P: Tensor | None = None) -> Tensor:
+        whole_NC, found_NC = through(passes, x_NC), through(passes, x_NC, wanted_P)
+        if wanted_P is None:
+            return found_NC
+        counts.append(len(wanted_P))
+        others = torch.ones(len(x_NC), dtype=torch.bool).index_fill(0, wanted_P, value=False)
+        torch.testing.assert_close(found_NC[wanted_P], whole_NC[wanted_P], rtol=1e-2 if dtype == "bfloat16" else 1e-4,
+                                   atol=1e-2 if dtype == "bfloat16" else 1e-4)
+        assert torch.equal(found_NC[others], through(passes[:-1], x_NC)[others])
+        assert torch.equal(through(passes[-1:], x_NC, wanted_P)[others], x_NC[others])
+        return through(passes, x_NC, wanted_P)
+
+    monkeypatch.setattr(plan, "through", checked)
+    engine, plain = lw.Engine(packed(dtype=dtype), cache_tokens=512, step_tokens=16, running=4), lw.Engine(
+        packed(dtype=dtype), cache_tokens=512, prepare=False)
+    prompts = [list(range(1, 41)), *PROMPTS]
+    answers = [done.tokens for done in engine.generate(prompts, GREEDY)]
+    assert 0 in counts and max(counts) > 0
+    if dtype == "float32":
+        assert answers == [done.tokens for done in plain.generate(prompts, GREEDY)]
 
 
 def test_blocks_of_which_only_a_part_is_packed() -> None:
