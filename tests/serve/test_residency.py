@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,6 @@ import torch
 
 from layerwise.errors import BadOption
 from layerwise.nets.decoder import Block
-from layerwise.serve import residency
 from layerwise.serve.engine import Engine, layered
 from layerwise.serve.request import Params
 from layerwise.serve.residency import Place, Staged
@@ -56,19 +55,19 @@ def test_skipped_layers_are_not_waited_for(folder: Path) -> None:
 
 
 def test_two_waiting_layers_are_in_memory_at_most(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = opened(folder)
+    staged, most = Staged(stack, dict.fromkeys(range(5), "disk")), 0
     alive: weakref.WeakSet[Block] = weakref.WeakSet()
-    moved, most = residency._moved, 0
+    bring = staged._bring  # of this one alone: what another sent for last may still be on its way
 
-    def watched(block: Block, move: Callable[[torch.Tensor], torch.Tensor]) -> Block:
+    def watched(layer: int) -> Block:
         nonlocal most
-        new = moved(block, move)
+        new = bring(layer)
         alive.add(new)
         most = max(most, len(alive))
         return new
 
-    monkeypatch.setattr(residency, "_moved", watched)
-    stack = opened(folder)
-    staged = Staged(stack, dict.fromkeys(range(5), "disk"))
+    monkeypatch.setattr(staged, "_bring", watched)
     Engine(stack, action=staged, cache_tokens=64).generate([[1, 2, 3]], Params(max_tokens=4))
     assert 1 <= most <= 2  # one alone where a layer ran before the next had come
     assert staged._coming is not None and staged._coming[0] == 0  # after the last layer, the first is sent for
