@@ -297,7 +297,7 @@ INLINE void span_of(const Shape *a, const Group *g, const Slots *next, Room *roo
 }
 
 /* The slots that are read after those that the tokens before `stop` see of a span: what others of the group see of it, or of
-   the next one, or else the first ones of group `after`. */
+   the next one, or else the first ones of group `after`, which has its first token and its head of keys only. */
 INLINE void find_next(const Shape *a, const Places *p, const Group *g, const Group *after, const Sight *sights,
                       int64_t span, int64_t stop, Slots *next) {
     int64_t t = stop;
@@ -338,15 +338,6 @@ INLINE void group_in(const Shape *a, const Places *p, const Group *g, const Grou
     }
 }
 
-/* Group `i` of `count` runs of tokens, from `from` on each, for every part of the heads that read the same keys. */
-static Group group_at(const Shape *a, const Places *p, const int64_t *from, int64_t count, int64_t tokens, int64_t i) {
-    const int64_t group = a->heads / a->kv_heads, heads = group < QUERIES ? group : QUERIES;
-    const int64_t parts = (group + heads - 1) / heads, first = from[i % count], at = i / count % parts * heads;
-    const int64_t kv_head = i / count / parts;
-    return (Group){first, grouped(a, p, first, tokens, QUERIES / heads), kv_head, kv_head * group + at,
-                   group - at < heads ? group - at : heads};
-}
-
 static int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, int64_t tokens, const void *qkv,
                      const void *cos, const void *sin, void *k, void *v, void *out, int half, int kept, int pairs,
                      int threads) {
@@ -373,8 +364,11 @@ static int attend_in(const Shape *a, const Places *p, const HeadNorms *norms, in
         for (int64_t t = 0; t < tokens; t++) enter(a, p, norms, t, qkv, cos, sin, q, k, v, half, kept);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < all; i++) {
+            const int64_t first = from[i % count], kv_head = i / count / parts, at = i / count % parts * heads;
+            const Group g = {first, grouped(a, p, first, tokens, most), kv_head, kv_head * group + at,
+                             group - at < heads ? group - at : heads};
             const int64_t later = i + threads < all ? i + threads : i; /* this thread's next, or about that */
-            const Group g = group_at(a, p, from, count, tokens, i), after = group_at(a, p, from, count, tokens, later);
+            const Group after = {.first = from[later % count], .kv_head = later / count / parts};
 #define IN(width, kept, pairs) group_in(a, p, &g, &after, q, k, v, out, room, width, half, kept, pairs)
             if (pairs && kept == KEPT_INT8) IN(width, KEPT_INT8, 1);
             else if (pairs && kept == KEPT_INT4) IN(width, KEPT_INT4, 1);

@@ -82,8 +82,7 @@ def _room(store: Tensor | None, new: Tensor, used: int, end: int) -> Tensor:
 class Flow:
     """Positions [B, T] of the new tokens, validity [B, S] of all tokens (None: no padding), caches by layer.
 
-    `sources` are the layers whose keys and values a later layer reads; the pass keeps those it has seen. Behind the
-    last layer only tokens `wanted_P` are read, int64 in ascending order (None: all): it may leave others as they come.
+    `sources` are the layers whose keys and values a later layer reads; the pass keeps those it has seen.
     """
 
     positions_BT: Tensor
@@ -92,11 +91,15 @@ class Flow:
     past: int = 0
     dtype: torch.dtype = torch.float32
     sources: frozenset[int] = frozenset()
-    wanted_P: Tensor | None = None
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _rotations: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
     _orders: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+
+    @property
+    def wanted_P(self) -> Tensor | None:
+        """Tokens that are read behind the last layer, which may leave others as they come; ascending. None: all."""
+        return None
 
     def cache(self, layer: int) -> LayerCache | None:
         found = None if self.caches is None else self.caches.setdefault(layer, LayerCache())

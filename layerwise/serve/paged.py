@@ -202,6 +202,19 @@ class PagedFlow(Flow):
             start = stop
         return found
 
+    @cached_property
+    def stops(self) -> list[int]:
+        """The token after the last of every row."""
+        return list(accumulate(row.size for row in self.rows))
+
+    @cached_property
+    def wanted_P(self) -> Tensor | None:
+        if not any(row.unread for row in self.rows):
+            return None
+        wanted = [token for stop, row in zip(self.stops, self.rows, strict=True)
+                  for token in range(stop - row.size + row.unread, stop)]
+        return torch.tensor(wanted, dtype=torch.int64)
+
     def attend(self, a: Attention, layer: int, q_BHTD: Tensor, k_BKTD: Tensor | None = None,
                v_BKTD: Tensor | None = None) -> Tensor:
         entry = self.table.layers[layer]
@@ -244,7 +257,7 @@ class PagedFlow(Flow):
         place_N = [start + token for row, start in zip(self.rows, starts, strict=True) for token in range(row.size)]
         longest = max(len(table.blocks) for table in tables)
         blocks_RM = [table.blocks + [0] * (longest - len(table.blocks)) for table in tables]
-        stops = list(accumulate(row.size for row in self.rows))
+        stops = self.stops
         alike = sorted(range(len(self.rows)), key=lambda index: tables[index].blocks)
         order_N = [token for index in alike for token in range(stops[index] - self.rows[index].size, stops[index])]
         firsts = [table.first for table in tables]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -84,12 +83,8 @@ class Runner:
 
     def _flow(self, rows: list[Row]) -> PagedFlow:
         positions = [position for row in rows for position in range(row.start, row.start + row.size)]
-        starts = accumulate((row.size for row in rows), initial=0)
-        wanted = [token for start, row in zip(starts, rows, strict=False) for token in
-                  range(start + row.unread, start + row.size)]
         return PagedFlow(placed([positions], self.stack.device), dtype=self.stack.dtype, rows=rows, table=self.table,
-                         pools=self.pools, block=self.block, watched=self.watched,
-                         wanted_P=None if len(wanted) == len(positions) else torch.tensor(wanted, dtype=torch.int64))
+                         pools=self.pools, block=self.block, watched=self.watched)
 
     def _enter(self, rows: Many[Row], entry: Entry, hidden: dict[int, Tensor], flow: PagedFlow) -> Tensor:
         """Hidden states of the entry's rows as they enter its first layer, [1, N, C]."""

@@ -130,6 +130,7 @@ def test_dense_matrices_of_half_precision_are_read_as_they_are(matrices: tuple[s
 def test_the_last_layer_makes_what_is_read(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are wanted are as if all were; the others come as they were before the last layer."""
     counts: list[int] = []
+    tolerance = 1e-2 if dtype == "bfloat16" else 1e-4
 
     def checked(passes: list[tuple[Step, Pages]], x_NC: Tensor, wanted_P: Tensor | None = None) -> Tensor:
         whole_NC, found_NC = through(passes, x_NC), through(passes, x_NC, wanted_P)
@@ -137,8 +138,7 @@ def test_the_last_layer_makes_what_is_read(dtype: str, monkeypatch: pytest.Monke
             return found_NC
         counts.append(len(wanted_P))
         others = torch.ones(len(x_NC), dtype=torch.bool).index_fill(0, wanted_P, value=False)
-        torch.testing.assert_close(found_NC[wanted_P], whole_NC[wanted_P], rtol=1e-2 if dtype == "bfloat16" else 1e-4,
-                                   atol=1e-2 if dtype == "bfloat16" else 1e-4)
+        torch.testing.assert_close(found_NC[wanted_P], whole_NC[wanted_P], rtol=tolerance, atol=tolerance)
         assert torch.equal(found_NC[others], through(passes[:-1], x_NC)[others])
         assert torch.equal(through(passes[-1:], x_NC, wanted_P)[others], x_NC[others])
         return through(passes, x_NC, wanted_P)
