@@ -32,7 +32,7 @@ from layerwise.allocate.plan import Plan
 from layerwise.allocate.solve import allocate
 from layerwise.allocate.solvers.base import Solver
 from layerwise.allocate.solvers.milp import Milp
-from layerwise.data.bootstrap import paired_interval, paired_ratio_interval
+from layerwise.data.bootstrap import Interval, paired_interval, paired_ratio_interval
 from layerwise.data.text import TextData, by_frequency
 from layerwise.errors import BadBudget
 from layerwise.io import atomic
@@ -230,36 +230,36 @@ def report(bench: Bench, model: str, shares: list[int]) -> str:
     for share in shares:
         cells = [f"{kl_of(points[f'{share} {name}']):.4f}" if f"{share} {name}" in points else "-" for name in names]
         lines.append(f"| {share} % | {' | '.join(cells)} |")
-    lines += ["", "Against the best of the four single currencies (bits per layer, uniform bits, depth, rank):", "",
-              "| share of bytes | best single | joint - best, 95 % | lower |", "|---|---|---|---|"]
+    lines += ["", "Perplexity increase over the original:", "", f"| share of bytes | {' | '.join(names)} |",
+              f"|{'---|' * (len(names) + 1)}"]
     for share in shares:
-        lines += _against_best(points, share)
-    lines += _controls(points, shares)
+        cells = [rise(points[f"{share} {name}"])[1] if f"{share} {name}" in points else "-" for name in names]
+        lines.append(f"| {share} % | {' | '.join(cells)} |")
+    lines += _beside(points, shares, "single currency", ("bits per layer", "uniform bits", "depth", "rank"))
+    lines += _beside(points, shares, "control", ("shuffled", "reversed"))
     return "\n".join([*lines, *_mixtures(points), *_seconds(points)]) + "\n"
 
 
-def _against_best(points: dict[str, Point], share: int) -> list[str]:
-    singles = [f"{share} {name}" for name in ("bits per layer", "uniform bits", "depth", "rank")]
-    known = [name for name in singles if name in points]
-    if not known or f"{share} joint" not in points:
-        return []
-    return [_row(points, share, min(known, key=lambda name: kl_of(points[name])))]
+def _beside(points: dict[str, Point], shares: list[int], kind: str, names: Sequence[str]) -> list[str]:
+    """The joint plan of every share beside each of the others that was measured, the nearest to the original first."""
+    rows = []
+    for share in shares:
+        known = [f"{share} {name}" for name in names if {f"{share} {name}", f"{share} joint"} <= set(points)]
+        rows += [_row(points, share, name) for name in sorted(known, key=lambda name: kl_of(points[name]))]
+    return rows and ["", f"| share of bytes | {kind} | joint - that, 95 % | lower |", "|---|---|---|---|", *rows]
 
 
-def _controls(points: dict[str, Point], shares: list[int]) -> list[str]:
-    rows = [_row(points, share, f"{share} {name}") for share in shares for name in ("shuffled", "reversed")
-            if {f"{share} {name}", f"{share} joint"} <= set(points)]
-    return rows and ["", "Controls:", "", "| share of bytes | control | joint - control, 95 % | lower |",
-                     "|---|---|---|---|", *rows]
+def _difference(joint: Point, other: Point) -> Interval:
+    """How much nearer to the original the other one is, in nats per token, over blocks."""
+    count = np.array(joint["positions"])
+    return paired_interval(np.array(other["kl"]) / count, np.array(joint["kl"]) / count)
 
 
 def _row(points: dict[str, Point], share: int, other: str) -> str:
     """The joint plan of a share beside another point."""
-    joint = points[f"{share} joint"]
-    count = np.array(joint["positions"])
-    found = paired_interval(np.array(points[other]["kl"]) / count, np.array(joint["kl"]) / count)
-    return (f"| {share} % | {other.partition(' ')[2]} {kl_of(points[other]):.4f} | {found.value:+.4f} "
-            f"[{found.low:+.4f}, {found.high:+.4f}] | "
+    found = _difference(points[f"{share} joint"], points[other])
+    return (f"| {share} % | {other.partition(' ')[2]} {kl_of(points[other]):.4f} | {found.value:+.5f} "
+            f"[{found.low:+.5f}, {found.high:+.5f}] | "
             f"{'yes' if found.high < 0 else 'within noise' if found.low < 0 else 'no'} |")
 
 
@@ -270,12 +270,14 @@ def _mixtures(points: dict[str, Point]) -> list[str]:
         return []
     lines = ["", "Beside llama.cpp's mixtures (importance matrix from the same kind of text) at their own size; "
              "perplexity increase over the original:", "",
-             "| mixture | MB | joint MB | llama.cpp | joint | ratio | KL llama.cpp | KL joint |", f"|{'---|' * 8}"]
+             "| mixture | MB | joint MB | llama.cpp | joint | ratio | KL llama.cpp | KL joint | joint - that, KL |",
+             f"|{'---|' * 9}"]
     for name in known:
         theirs, ours = points[f"{name} llama.cpp"], points[f"{name} joint"]
-        (value, said), (our_value, our_said) = rise(theirs), rise(ours)
+        (value, said), (our_value, our_said), found = rise(theirs), rise(ours), _difference(ours, theirs)
         lines.append(f"| {name} | {theirs['bytes'] / 1e6:.1f} | {ours['bytes'] / 1e6:.1f} | {said} | {our_said} | "
-                     f"{our_value / value:.2f} | {kl_of(theirs):.4f} | {kl_of(ours):.4f} |")
+                     f"{our_value / value:.2f} | {kl_of(theirs):.4f} | {kl_of(ours):.4f} | {found.value:+.5f} "
+                     f"[{found.low:+.5f}, {found.high:+.5f}] |")
     return lines
 
 
