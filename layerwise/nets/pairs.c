@@ -8,9 +8,13 @@
 
 #include <omp.h>
 
-/* Rows and outputs whose sums are made at once; numbers of a vector; outputs ahead of which memory is fetched; outputs that
-   all rows meet before the next, and bytes of x that meet all outputs before the next rows. */
-enum { ROWS = 6, OUTPUTS = 4, NUMBERS = 32, AHEAD = 8, STAYING = 16, NEAR = 1 << 19 };
+/* Rows and outputs whose sums are made at once; numbers of a vector, which fill a line; outputs that all rows meet before
+   the next, and bytes of x that meet all outputs before the next rows. */
+enum { ROWS = 6, OUTPUTS = 4, NUMBERS = 32, STAYING = 16, NEAR = 1 << 19 };
+
+/* Memory that is fetched while something else is multiplied: up to `end`, some lines with every vector of inputs. Into the
+   second cache, as few lines may be on their way into the first. */
+typedef struct { const char *next, *end; int lines; } Ahead;
 
 INLINE __m512bh numbers(const bf16 *from, __mmask32 which) {
     return (__m512bh)(which == 0xffffffff ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(which, from));
@@ -27,16 +31,12 @@ INLINE __m128 four_sums(const __m512 x[4]) {
 
 typedef __m512 Sums[ROWS][OUTPUTS];
 
-/* Adds what the inputs from `i` on give, of a vector those in `which`; `fetches` says whether to fetch ahead. */
+/* Adds what the inputs from `i` on give, of a vector those in `which`. */
 INLINE void add_inputs(const bf16 *w, const bf16 *x, int64_t inputs, int64_t i, __mmask32 which, int rows, int outputs,
-                       int fetches, Sums sum) {
+                       Sums sum) {
     __m512bh weights[OUTPUTS];
 #pragma GCC unroll 4
-    for (int o = 0; o < outputs; o++) {
-        /* Into the second cache, as few lines may be on their way into the first; no hardware looks beyond a page. */
-        if (fetches) __builtin_prefetch(w + (AHEAD + o) * inputs + i, 0, 2);
-        weights[o] = numbers(w + o * inputs + i, which);
-    }
+    for (int o = 0; o < outputs; o++) weights[o] = numbers(w + o * inputs + i, which);
 #pragma GCC unroll 6
     for (int m = 0; m < rows; m++) {
         const __m512bh some = numbers(x + m * inputs + i, which);
@@ -46,16 +46,22 @@ INLINE void add_inputs(const bf16 *w, const bf16 *x, int64_t inputs, int64_t i, 
 }
 
 /* Products of `rows` rows with `outputs` outputs, four or one. */
-INLINE void tile(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs, int fetches, const float *bias,
+INLINE void tile(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int outputs, Ahead *ahead, const float *bias,
                  bf16 *y, int64_t stride) {
     Sums sum;
+    const int fetched = ahead->next < ahead->end ? ahead->lines : 0;
+    const char *next = ahead->next;
 #pragma GCC unroll 6
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
         for (int o = 0; o < outputs; o++) sum[m][o] = _mm512_setzero_ps();
     int64_t i = 0;
-    for (; i + NUMBERS <= inputs; i += NUMBERS) add_inputs(w, x, inputs, i, 0xffffffff, rows, outputs, fetches, sum);
-    if (i < inputs) add_inputs(w, x, inputs, i, (1u << (inputs - i)) - 1, rows, outputs, 0, sum);
+    for (; i + NUMBERS <= inputs; i += NUMBERS) {
+        for (int line = 0; line < fetched; line++, next += LINE) __builtin_prefetch(next, 0, 2);
+        add_inputs(w, x, inputs, i, 0xffffffff, rows, outputs, sum);
+    }
+    ahead->next = next;
+    if (i < inputs) add_inputs(w, x, inputs, i, (1u << (inputs - i)) - 1, rows, outputs, sum);
 #pragma GCC unroll 6
     for (int m = 0; m < rows; m++) {
         __m128 all = outputs == 1 ? _mm_set_ss(_mm512_reduce_add_ps(sum[m][0])) : four_sums(sum[m]);
@@ -66,24 +72,31 @@ INLINE void tile(const bf16 *w, const bf16 *x, int64_t inputs, int rows, int out
 }
 
 /* All rows of x with some outputs. */
-static void some_outputs(const bf16 *w, int64_t outputs, const bf16 *x, int64_t rows, int64_t inputs, int fetches,
+static void some_outputs(const bf16 *w, int64_t outputs, const bf16 *x, int64_t rows, int64_t inputs, Ahead ahead,
                          const float *bias, bf16 *y, int64_t stride) {
     for (int64_t m = 0, some; m < rows; m += some) {
         int64_t o = 0;
         some = even_part(rows - m, ROWS);
-        const int first = fetches && m == 0;
         for (; o + OUTPUTS <= outputs; o += OUTPUTS) {
             const bf16 *from = w + o * inputs, *of = x + m * inputs;
             const float *more = bias ? bias + o : NULL;
             bf16 *to = y + m * stride + o;
-#define TAKE(n) tile(from, of, inputs, n, OUTPUTS, first, more, to, stride)
+#define TAKE(n) tile(from, of, inputs, n, OUTPUTS, &ahead, more, to, stride)
             switch (some) { SIX_ROWS(TAKE) }
 #undef TAKE
         }
         for (; o < outputs; o++)
             for (int64_t r = m; r < m + some; r++)
-                tile(w + o * inputs, x + r * inputs, inputs, 1, 1, 0, bias ? bias + o : NULL, y + r * stride + o, stride);
+                tile(w + o * inputs, x + r * inputs, inputs, 1, 1, &ahead, bias ? bias + o : NULL, y + r * stride + o,
+                     stride);
     }
+}
+
+/* Lines to fetch with every vector so that the outputs that come next are there when all these rows have met the present
+   ones: fetched all at once they would be waited for. */
+static int lines_of(int64_t rows) {
+    const int64_t parts = (rows + ROWS - 1) / ROWS;
+    return (int)((OUTPUTS + parts - 1) / parts);
 }
 
 int multiplies_pairs(void) { return 1; }
@@ -103,12 +116,15 @@ int pairs_product(const Matrix *w, const bf16 *x, int64_t rows, const float *bia
         for (int64_t o = 0; o < w->outputs; o += STAYING) {
             const int64_t some = w->outputs - o < STAYING ? w->outputs - o : STAYING;
             const bf16 *from = (const bf16 *)w->codes + o * inputs;
+            const char *next = (const char *)(from + some * inputs);
+            const int64_t more = w->outputs - o - some < STAYING ? w->outputs - o - some : STAYING;
+            const Ahead ahead = {next, dense ? next + more * inputs * sizeof *x : next, lines_of(here)};
             if (!dense) {
                 bf16 *to = (bf16 *)(memory + omp_get_thread_num() * own);
                 packed_numbers(w, o, o + some, to, 1, 1);
                 from = to;
             }
-            some_outputs(from, some, x + m * inputs, here, inputs, dense, bias ? bias + o : NULL, y + m * stride + o,
+            some_outputs(from, some, x + m * inputs, here, inputs, ahead, bias ? bias + o : NULL, y + m * stride + o,
                          stride);
         }
     }
