@@ -64,7 +64,8 @@ class Bench:
         self.calibration, self.trial = parted(calibration_text(stack, "default", 0))
         self.text: TextData = verification_text(stack, "default")
         self.points: dict[str, Point] = json.loads(self._file.read_text()) if self._file.exists() else {}
-        self.whole = defaults_for(Budget(bytes=0.2), stack.spec)
+        every = [*parse_alternatives(["bits"], stack.spec), *defaults_for(Budget(bytes=0.2), stack.spec)]
+        self.whole = list({item.label: item for item in every}.values())
         self.scores = self._scores()
 
     @property

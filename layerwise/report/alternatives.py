@@ -31,6 +31,8 @@ CURRENCIES = ("bits", "tiers", "rank", "width", "share", "cache", *DROPPING)
 FREQUENT = {16: (6, 5, 4, 3), 64: (3,)}
 """One token in so many counts as frequent, in tables whose other rows have so many bits. On SmolLM2 and Gemma 3 these
 are 79 to 97 % of unseen text of the kind they were counted in (`python -m benchmarks.tiers`)."""
+FINE = "8/32="
+"""What 8 bits are in llama.cpp's Q8_0: nearer than a scale a row, in 8.5 bits a number."""
 POSITIONS = 64
 """Positions of every block at which the output of a changed model is compared."""
 
@@ -38,13 +40,13 @@ POSITIONS = 64
 def formats(spec: StackSpec) -> list[str]:
     """The formats worth having for this model, widest first, as labels.
 
-    Small groups round better and cost more scales. The largest group is one that divides every matrix's inputs,
-    since a group that is not full is stored in full.
+    Small groups round better and cost more scales: the smallest of a width come first. The largest group is one that
+    divides every matrix's inputs, since a group that is not full is stored in full.
     """
     inputs = [columns for row in spec.rows for _, columns in row.matrices(spec.hidden).values()] or [WIDEST]
     wide = next((size for size in range(WIDEST, 32, -32) if math.gcd(*inputs) % size == 0), 64)
     groups: dict[int, list[int | str]] = {
-        8: ["row="], 6: [wide], 5: [wide], 4: [32, 64, wide, "row"], 3: [64, wide, "row"], 2: [32, 64, wide]}
+        8: [FINE.partition("/")[2], "row="], 6: [wide], 5: [wide], 4: [32, 64, wide, "row"], 3: [64, wide, "row"], 2: [32, 64, wide]}
     return list(dict.fromkeys(f"{bits}/{group}" for bits, sizes in groups.items() for group in sizes))
 
 
@@ -53,16 +55,16 @@ def table_formats(labels: Sequence[str]) -> list[str]:
     chosen = []
     for bits in sorted({Format.parse(label).bits for label in labels if Format.parse(label).bits > 2}, reverse=True):
         same = [label for label in labels if Format.parse(label).bits == bits and not label.endswith("row")]
-        chosen += [same[0], same[-1]] if bits == 4 else same[-1:]
+        chosen += [same[0], same[-1]] if bits in (8, 4) else same[-1:]
     return list(dict.fromkeys(chosen))
 
 
 def tier_formats(labels: Sequence[str], vocabulary: int) -> list[str]:
     """Tables whose frequent tokens have the widest of the formats, for each narrower width."""
-    wide, *others = [Format.parse(label) for label in table_formats(labels)] or [Format(8)]
-    narrow = {format.bits: format for format in others}  # of every width the last, with the largest groups
-    return [Tiers(rows, wide, format).label for bits, format in narrow.items() if bits < wide.bits
-            for part in FREQUENT if bits in FREQUENT[part] and (rows := vocabulary // part)]
+    largest = {format.bits: format for format in map(Format.parse, table_formats(labels))}  # groups of every width
+    wide, *narrow = largest.values() or [Format(8)]
+    return [Tiers(rows, wide, format).label for format in narrow
+            for part in FREQUENT if format.bits in FREQUENT[part] and (rows := vocabulary // part)]
 
 
 def parse_alternatives(only: Sequence[str], spec: StackSpec) -> list[Alternative]:
@@ -172,12 +174,14 @@ def _inner(labels: Sequence[str]) -> list[str]:
 def useful_formats(budget: Budget, spec: StackSpec) -> list[str]:
     """The formats worth measuring: from the widest down to the width below the one that fits everywhere.
 
-    Widths below the budget belong to it, because a matrix that bears them pays for others that do not.
+    Widths below the budget belong to it, because a matrix that bears them pays for others that do not. Small groups of 8
+    bits, half a bit a number more, are for budgets within which 6 bits fit everywhere.
     """
     labels, allowed = formats(spec), _allowed(budget, spec)
     widths = sorted({Format.parse(label).bits for label in labels}, reverse=True)
     if allowed < math.inf:
         fits = next((place for place, bits in enumerate(widths) if _size_at(bits, spec) <= allowed), len(widths))
+        labels = labels if fits <= widths.index(6) else [label for label in labels if label != FINE]
         widths = widths[: max(fits + 3, 4)]
     return [label for label in labels if Format.parse(label).bits in widths]
 

@@ -60,6 +60,13 @@ def test_formats_follow_the_budget(before_spec: StackSpec) -> None:
     assert widths(Budget(prefill="1.5x"), before_spec) == {8, 6, 5, 4, 3, 2}
 
 
+def test_small_groups_of_8_bits_are_for_budgets_that_6_bits_fit(before_spec: StackSpec) -> None:
+    for budget in (Budget(bytes="60%"), Budget(bits=7.0), Budget(milliseconds=3)):
+        assert useful_formats(budget, before_spec)[:2] == ["8/32=", "8/row="]
+        assert {"8/32=", "8/row="} <= set(table_formats(useful_formats(budget, before_spec)))
+    assert useful_formats(Budget(bytes="33%"), before_spec)[0] == "8/row="
+
+
 def test_layers_are_dropped_only_where_that_helps(before_spec: StackSpec) -> None:
     assert labels(Budget(layers=6), before_spec) == ["keep", "drop", "drop attention", "drop feed-forward"]
     assert "drop" not in labels(Budget(bytes="55%"), before_spec)
@@ -79,8 +86,8 @@ def test_instruments_are_those_the_alternatives_need(before_spec: StackSpec) -> 
 def test_words_become_alternatives(before_spec: StackSpec) -> None:
     words = ["8", "3/64", "drop", "drop-attention"]
     found = [alternative.label for alternative in parse_alternatives(words, before_spec)]
-    assert found == ["keep", "8/row=", "3/64", "rotated", "drop", "drop attention"]
-    assert [item.label for item in parse_alternatives(["8"], before_spec)] == ["keep", "8/row="]
+    assert found == ["keep", "8/32=", "8/row=", "3/64", "rotated", "drop", "drop attention"]
+    assert [item.label for item in parse_alternatives(["8"], before_spec)] == ["keep", "8/32=", "8/row="]
     assert parse_alternatives([], before_spec) == []
     assert len(parse_alternatives(["bits", "4"], before_spec)) == len(parse_alternatives(["bits"], before_spec))
     check_words([*words, "bits", "4"])
@@ -98,7 +105,7 @@ def test_groups_are_full_where_the_model_allows_it(before_spec: StackSpec) -> No
 
 
 def test_tables_are_tried_in_one_or_two_formats_a_width(before_spec: StackSpec) -> None:
-    assert table_formats(formats(before_spec)) == ["8/row=", "6/192", "5/192", "4/32", "4/192", "3/192"]
+    assert table_formats(formats(before_spec)) == ["8/32=", "8/row=", "6/192", "5/192", "4/32", "4/192", "3/192"]
 
 
 def test_frequent_tokens_get_the_widest_format_and_others_each_narrower_one(before_spec: StackSpec) -> None:
