@@ -46,8 +46,8 @@ def formats(spec: StackSpec) -> list[str]:
     inputs = [columns for row in spec.rows for _, columns in row.matrices(spec.hidden).values()] or [WIDEST]
     wide = next((size for size in range(WIDEST, 32, -32) if math.gcd(*inputs) % size == 0), 64)
     groups: dict[int, list[int | str]] = {
-        8: [FINE.partition("/")[2], "row="], 6: [wide], 5: [wide], 4: [32, 64, wide, "row"], 3: [64, wide, "row"], 2: [32, 64, wide]}
-    return list(dict.fromkeys(f"{bits}/{group}" for bits, sizes in groups.items() for group in sizes))
+        8: ["row="], 6: [wide], 5: [wide], 4: [32, 64, wide, "row"], 3: [64, wide, "row"], 2: [32, 64, wide]}
+    return list(dict.fromkeys([FINE, *(f"{bits}/{group}" for bits, sizes in groups.items() for group in sizes)]))
 
 
 def table_formats(labels: Sequence[str]) -> list[str]:
@@ -174,8 +174,8 @@ def _inner(labels: Sequence[str]) -> list[str]:
 def useful_formats(budget: Budget, spec: StackSpec) -> list[str]:
     """The formats worth measuring: from the widest down to the width below the one that fits everywhere.
 
-    Widths below the budget belong to it, because a matrix that bears them pays for others that do not. Small groups of 8
-    bits, half a bit a number more, are for budgets within which 6 bits fit everywhere.
+    Widths below the budget belong to it, because a matrix that bears them pays for others that do not. FINE, half a bit
+    a number more than 8 bits by rows, is for budgets within which 6 bits fit everywhere.
     """
     labels, allowed = formats(spec), _allowed(budget, spec)
     widths = sorted({Format.parse(label).bits for label in labels}, reverse=True)
