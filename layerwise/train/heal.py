@@ -89,12 +89,13 @@ def distil(
 ) -> Healed:
     """Heal `stack` by learning from the `original` it was made of, and never make it worse.
 
-    `kept` says which layer of the original each layer of `stack` was. Training reads `tokens_NT`; the best state is
-    chosen on `held_NT`, blocks of the same kind that training does not read, and where even that comes no nearer to
-    the original than `stack` was, `stack` itself is returned. Half-precision stacks are computed in half precision
-    where the processor has it, with weights and sums in float32. With `folder`, a killed healing goes on from its last
-    state; in seconds, all the time that `distil` takes counts. What is stored takes the bytes it took before. Where
-    layers are gone and all others are trained, `bridge` first makes up for them by least squares (see `bridge`).
+    `kept` says which layer of the original each layer of `stack` was. Training reads `tokens_NT`; the best state, that
+    before the first step among them, is chosen on `held_NT`, blocks of the same kind that training does not read, and
+    where even that comes no nearer to the original than `stack` was, `stack` itself is returned. Half-precision stacks
+    are computed in half precision where the processor has it, with weights and sums in float32. With `folder`, a
+    killed healing goes on from its last state; in seconds, all the time that `distil` takes counts. What is stored
+    takes the bytes it took before. Where layers are gone and all others are trained, `bridge` first makes up for them
+    by least squares (see `bridge`).
 
     Raises BadData without blocks to train or judge on, BadOption as `heal` and for layers that do not pair.
     """
@@ -111,14 +112,16 @@ def distil(
     began = time.monotonic()
     before = _judged(stack, held)
     clock.reserve = 2 * (time.monotonic() - began)
-    start, solved = stack, list[int]()
+    start, nearest, solved = stack, before, list[int]()
     if bridging:
         blocks = BRIDGED
         if recipe.seconds is not None and clock.reserve > 0:
             blocks = min(blocks, int(SHARE * recipe.seconds * len(held_NT) / clock.reserve))
-        start, solved = bridged(stack, original, tokens_NT[:blocks], kept)
-        if solved and _judged(start, held) >= before:
-            start, solved = stack, []
+        over, solved = bridged(stack, original, tokens_NT[:blocks], kept)
+        if solved and (value := _judged(over, held)) < before:
+            start, nearest = over, value
+        else:
+            solved = []
     with _seeded(stack, recipe.seed):
         student = prepared(start, method)
         step, parameters = distillation(lesson, weights, frozen_layers(student)), _trainable(student)
@@ -127,7 +130,8 @@ def distil(
             with _half(stack):
                 return step(student, rows_B1)
 
-        best = Best(lambda: _judged(student, held, stack))
+        best = Best(lambda: _judged(student, held, stack), value=nearest,
+                    found=[parameter.detach().clone() for parameter in parameters])
         rows_N1 = torch.arange(len(tokens_NT))[:, None]
         losses = train(parameters, loss, rows_N1, recipe, after=after, best=best, checkpoint=checkpoint, clock=clock)
     healed = stored(student, stack)

@@ -69,7 +69,10 @@ class Clock:
 
 @dataclass
 class Best:
-    """The parameters for which `judge` (lower is better) was lowest, looked at `looks` times over a training."""
+    """The parameters for which `judge` (lower is better) was lowest, looked at `looks` times over a training.
+
+    `value` and `found` are those of before the training, where it counts as well.
+    """
 
     judge: Callable[[], float]
     looks: int = 4

@@ -14,7 +14,7 @@ from layerwise.stack.decoder import DecoderStack
 from layerwise.testing.stacks import random_stack
 from layerwise.train.bridge import RIDGES, Sums, bridged, fitted
 from layerwise.train.duration import Duration
-from layerwise.train.heal import defaults, distil
+from layerwise.train.heal import BRIDGED, defaults, distil
 from layerwise.train.methods import Layers
 from layerwise.transform.quantize import Quantize
 
@@ -125,6 +125,16 @@ def test_healing_begins_with_it_and_says_so() -> None:
     assert healed.healing.solved == 1 and "least squares in 1 layer, then 2 steps" in str(healed.healing)
     plain = distil(student, original, TOKENS_NT, HELD_NT, [0], Layers(), recipe, bridge=False)
     assert plain.healing.solved == 0 and healed.healing.after < 0.5 * plain.healing.after
+
+
+def test_steps_that_lead_away_from_it_are_not_taken() -> None:
+    student, original = half_written()
+    recipe = replace(defaults(student, Layers(), Duration(steps=3)), learning_rate=3.0, warmup=0)
+    healed = distil(student, original, TOKENS_NT, HELD_NT, [0], Layers(), recipe)
+    bridge, _ = bridged(student, original, TOKENS_NT[:BRIDGED], [0])
+    assert healed.healing.helped
+    for (name, tensor), (_, solved) in zip(healed.stack.tensors(), bridge.tensors(), strict=True):
+        torch.testing.assert_close(tensor, solved, msg=name)
 
 
 def test_with_no_time_for_it_there_is_none() -> None:
