@@ -2,6 +2,7 @@
 
     python -m benchmarks.heal FOLDER [--minutes 10]        # what `optimize smollm2 --layers 26 --heal 10m` does
     python -m benchmarks.heal FOLDER --controls 40         # ways to heal beside one another, 40 steps each
+    python -m benchmarks.heal FOLDER --controls 40 --rate 1e-4
 
 Every step is kept in the folder: a run that was killed goes on from there, in the middle of healing too. The plan reads
 the first 18 blocks of the default text's calibration split, healing reads the others, and all models are compared on
@@ -14,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,10 @@ from layerwise.report.run import Run
 from layerwise.report.tried import try_plans
 from layerwise.report.verify import compare_on, verification_text
 from layerwise.stack.decoder import DecoderStack
+from layerwise.train.bridge import bridged
 from layerwise.train.distill import Weights
 from layerwise.train.duration import Duration
-from layerwise.train.heal import defaults, distil
+from layerwise.train.heal import BRIDGED, defaults, distil
 from layerwise.train.methods import Layers, Lora, Method, Partial
 
 LAYERS, MUST = 26, 0.5
@@ -101,17 +104,23 @@ class Bench:
 
         self.point(f"healed, {minutes:g} minutes", make)
 
-    def controls(self, steps: int) -> None:
-        """Every way to heal, for as many steps on the same blocks."""
+    def controls(self, steps: int, rate: float | None = None) -> None:
+        """Every way to heal, for as many steps on the same blocks, at its own learning rate or at `rate`."""
         text, held = text_to_heal(self.stack, "default", self.calibration, 0)
-        for name, (method, weights) in WAYS.items():
+        self.point("least squares alone", lambda: (
+            bridged(self.dropped, self.stack, text.tokens_NT[:BRIDGED], self.kept)[0], {}))
+        print(f"least squares alone: {self.share('least squares alone')}", flush=True)
+        for way, (method, weights) in WAYS.items():
             def make(method: Method = method, weights: Weights = weights) -> tuple[DecoderStack, Point]:
-                found = distil(self.dropped, self.stack, text.tokens_NT, held.tokens_NT, self.kept, method,
-                               defaults(self.dropped, method, Duration(steps=steps)), weights=weights)
+                recipe = defaults(self.dropped, method, Duration(steps=steps))
+                recipe = replace(recipe, learning_rate=rate or recipe.learning_rate)
+                found = distil(self.dropped, self.stack, text.tokens_NT, held.tokens_NT, self.kept, method, recipe,
+                               weights=weights)
                 return found.stack, {"steps": steps, "helped": found.healing.helped}
 
-            self.point(f"{name}, {steps} steps", make)
-            print(f"{name}: {self.share(f'{name}, {steps} steps')}", flush=True)
+            name = f"{way}, {steps} steps" + (f" at {rate:g}" if rate else "")
+            self.point(name, make)
+            print(f"{name}: {self.share(name)}", flush=True)
 
     def recovered(self, name: str) -> Interval:
         """The part of the lost log-perplexity that came back, with its 95 % interval over blocks."""
@@ -150,11 +159,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--controls", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--rate", type=float, help="learning rate of the controls, instead of each way's own")
     given = parser.parse_args()
     print(machine())
     with Run.open(given.folder, "heal benchmark", {"layers": LAYERS}) as run:
         bench = Bench(run)
-        bench.controls(given.controls) if given.controls else bench.healed(given.minutes)
+        bench.controls(given.controls, given.rate) if given.controls else bench.healed(given.minutes)
         print("\n\n".join([bench.table(), table(bench.rows())]))
 
 

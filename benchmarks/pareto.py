@@ -39,7 +39,7 @@ from layerwise.io import atomic
 from layerwise.measure.engine import measure
 from layerwise.measure.output_error import OutputError
 from layerwise.measure.scores import Scores
-from layerwise.report.alternatives import defaults_for, parse_alternatives, reading, trying
+from layerwise.report.alternatives import CURRENCIES, defaults_for, parse_alternatives, reading, trying
 from layerwise.report.decide import Decide
 from layerwise.report.optimize import calibration_text, parted, sensitivity_for
 from layerwise.report.refine import shortened
@@ -64,8 +64,7 @@ class Bench:
         self.calibration, self.trial = parted(calibration_text(stack, "default", 0))
         self.text: TextData = verification_text(stack, "default")
         self.points: dict[str, Point] = json.loads(self._file.read_text()) if self._file.exists() else {}
-        every = [*parse_alternatives(["bits"], stack.spec), *defaults_for(Budget(bytes=0.2), stack.spec)]
-        self.whole = list({item.label: item for item in every}.values())
+        self.whole = parse_alternatives([word for word in CURRENCIES if word != "cache"], stack.spec)
         self.scores = self._scores()
 
     @property

@@ -94,10 +94,12 @@ static void some_outputs(const bf16 *w, int64_t outputs, const bf16 *x, int64_t 
 
 /* Lines to fetch with every vector so that the outputs that come next are there when all these rows have met the present
    ones: fetched all at once they would be waited for. */
-static int lines_of(int64_t rows) {
+static int lines_each(int64_t rows) {
     const int64_t parts = (rows + ROWS - 1) / ROWS;
     return (int)((OUTPUTS + parts - 1) / parts);
 }
+
+INLINE int64_t at_most(int64_t most, int64_t number) { return number < most ? number : most; }
 
 int multiplies_pairs(void) { return 1; }
 
@@ -111,14 +113,13 @@ int pairs_product(const Matrix *w, const bf16 *x, int64_t rows, const float *bia
     if (!dense && !memory) return 1;
 #pragma omp parallel num_threads(threads)
     for (int64_t m = 0; m < rows; m += chunk) {
-        const int64_t here = rows - m < chunk ? rows - m : chunk;
+        const int64_t here = at_most(chunk, rows - m);
+        const int fetched = dense ? lines_each(here) : 0;
 #pragma omp for schedule(static)
         for (int64_t o = 0; o < w->outputs; o += STAYING) {
-            const int64_t some = w->outputs - o < STAYING ? w->outputs - o : STAYING;
-            const bf16 *from = (const bf16 *)w->codes + o * inputs;
-            const char *next = (const char *)(from + some * inputs);
-            const int64_t more = w->outputs - o - some < STAYING ? w->outputs - o - some : STAYING;
-            const Ahead ahead = {next, dense ? next + more * inputs * sizeof *x : next, lines_of(here)};
+            const int64_t some = at_most(STAYING, w->outputs - o), more = at_most(STAYING, w->outputs - o - some);
+            const bf16 *from = (const bf16 *)w->codes + o * inputs, *next = from + some * inputs;
+            const Ahead ahead = {(const char *)next, (const char *)(next + more * inputs), fetched};
             if (!dense) {
                 bf16 *to = (bf16 *)(memory + omp_get_thread_num() * own);
                 packed_numbers(w, o, o + some, to, 1, 1);

@@ -61,7 +61,7 @@ def table_formats(labels: Sequence[str]) -> list[str]:
 
 def tier_formats(labels: Sequence[str], vocabulary: int) -> list[str]:
     """Tables whose frequent tokens have the widest of the formats, for each narrower width."""
-    largest = {format.bits: format for format in map(Format.parse, table_formats(labels))}  # groups of every width
+    largest = {format.bits: format for format in map(Format.parse, table_formats(labels))}  # groups of each width
     wide, *narrow = largest.values() or [Format(8)]
     return [Tiers(rows, wide, format).label for format in narrow
             for part in FREQUENT if format.bits in FREQUENT[part] and (rows := vocabulary // part)]
@@ -181,9 +181,9 @@ def useful_formats(budget: Budget, spec: StackSpec) -> list[str]:
     widths = sorted({Format.parse(label).bits for label in labels}, reverse=True)
     if allowed < math.inf:
         fits = next((place for place, bits in enumerate(widths) if _size_at(bits, spec) <= allowed), len(widths))
-        labels = labels if fits <= widths.index(6) else [label for label in labels if label != FINE]
         widths = widths[: max(fits + 3, 4)]
-    return [label for label in labels if Format.parse(label).bits in widths]
+    refused = () if _size_at(6, spec) <= allowed else (FINE,)
+    return [label for label in labels if Format.parse(label).bits in widths and label not in refused]
 
 
 def _allowed(budget: Budget, spec: StackSpec) -> float:

@@ -71,7 +71,7 @@ class Clock:
 class Best:
     """The parameters for which `judge` (lower is better) was lowest, looked at `looks` times over a training.
 
-    `value` and `found` are those of before the training, where it counts as well.
+    `value` and `found` may be given: what there is before the first step then counts as well.
     """
 
     judge: Callable[[], float]
